@@ -1,0 +1,22 @@
+"""The reversible engine: couplings, sequences of them, and the backward pass that keeps no activations."""
+
+from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, ReversibleBlock, Step
+from revnet.reversible.evaluation import is_recomputing
+from revnet.reversible.halves import Merge, Split, split_halves
+from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence, set_activations
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activations",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "Merge",
+    "ReversibleBlock",
+    "ReversibleSequence",
+    "Split",
+    "Step",
+    "is_recomputing",
+    "set_activations",
+    "split_halves",
+]

@@ -1,0 +1,208 @@
+"""Couplings: one half of the state is moved by a function of the other half, and can be moved back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from revnet.reversible.evaluation import evaluate
+
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleBlock", "Step"]
+
+
+class Rule(Protocol):
+    """How the output `h` of a branch moves the half `x`, and how it is moved back."""
+
+    def move(self, x: Tensor, h: Any) -> tuple[Tensor, Tensor | None]: ...
+
+    def undo(self, y: Tensor, h: Any) -> Tensor: ...
+
+
+class _Addition:
+    """y = x + h; its log-determinant is exactly 0."""
+
+    def move(self, x: Tensor, h: Any) -> tuple[Tensor, None]:
+        _check_branch_output(h, x)
+        return x + h, None
+
+    def undo(self, y: Tensor, h: Any) -> Tensor:
+        return y - h
+
+
+class _Affine:
+    """y = x * exp(s) + t with h = (s, t); its log-determinant is the sum of s over all but the batch dimension."""
+
+    def move(self, x: Tensor, h: Any) -> tuple[Tensor, Tensor]:
+        log_scale, shift = _log_scale_and_shift(h, x)
+        return x * log_scale.exp() + shift, log_scale.flatten(1).sum(1)
+
+    def undo(self, y: Tensor, h: Any) -> Tensor:
+        log_scale, shift = _log_scale_and_shift(h, y)
+        return (y - shift) * torch.exp(-log_scale)
+
+
+ADDITION = _Addition()
+AFFINE = _Affine()
+
+
+def _check_branch_output(h: Any, x: Tensor) -> None:
+    if not isinstance(h, Tensor):
+        raise TypeError(f"a residual branch must return a tensor, got {type(h).__name__}")
+    if h.shape != x.shape:
+        raise ValueError(
+            f"a residual branch must keep the shape of the half that it is added to: "
+            f"it returned {tuple(h.shape)}, the half is {tuple(x.shape)}; "
+            f"change the branch's output channels or stride, or split the state evenly"
+        )
+
+
+def _log_scale_and_shift(h: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    if not (isinstance(h, tuple) and len(h) == 2):
+        raise TypeError(
+            f"the branch of an affine coupling must return a tuple (log_scale, shift), got {type(h).__name__}; "
+            f"for one tensor of twice the channels end the branch with `.chunk(2, dim=1)`"
+        )
+    for part in h:
+        _check_branch_output(part, x)
+    return h
+
+
+class Step(NamedTuple):
+    """One elementary move: half `moved` of the state is moved by `rule` with the branch's value of the other half."""
+
+    branch: nn.Module
+    moved: int
+    rule: Rule
+
+
+class Coupling(nn.Module):
+    """A layer made of elementary moves, each invertible given the half that it leaves alone.
+
+    A subclass says what its moves are in `steps`; forward, inverse and log-determinant follow. All its parameters
+    belong to branches. Do not subclass it for a map that is no coupling: a layer with methods `forward`, `inverse` and,
+    if its log-determinant is not 0, `forward_and_log_det` can stand in a sequence as it is.
+    """
+
+    def steps(self) -> tuple[Step, ...]:
+        """The elementary moves, in the order of the forward pass."""
+        raise TypeError(f"{type(self).__name__} must define `steps`, the elementary moves that it is made of")
+
+    def forward(self, x1: Tensor, x2: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return self.forward_and_log_det(x1, x2, context)[0]
+
+    def forward_and_log_det(
+        self, x1: Tensor, x2: Tensor, context: Any = None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Output and log-determinant of shape (B,), or None where it is exactly 0."""
+        state, log_det = [x1, x2], None
+        for branch, moved, rule in self.steps():
+            h = evaluate(branch, state[1 - moved], context)
+            state[moved], term = rule.move(state[moved], h)
+            if term is not None:
+                log_det = term if log_det is None else log_det + term
+        return (state[0], state[1]), log_det
+
+    def inverse(self, y1: Tensor, y2: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        """The input that `forward` maps to (y1, y2)."""
+        state = [y1, y2]
+        for branch, moved, rule in reversed(self.steps()):
+            state[moved] = rule.undo(state[moved], evaluate(branch, state[1 - moved], context))
+        return state[0], state[1]
+
+
+def _module(name: str, value: Any) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name} must be an nn.Module, so that its parameters are seen and get gradients; "
+            f"got {type(value).__name__}; wrap it in a module"
+        )
+    return value
+
+
+class AdditiveCoupling(Coupling):
+    """y1 = x1 + branch(x2), y2 = x2; with `swap` the halves change roles. Its log-determinant is exactly 0.
+
+    Source: Dinh, Krueger, Bengio 2014 (NICE), section 3.2.
+
+    Args:
+        branch: module from one half to a tensor of the shape of the other half; called `branch(x, context)` if the
+            sequence is given a context. It must be deterministic up to torch's random generators.
+        swap: move the second half by the first instead.
+
+    Do not use it alone to mix all channels: alternate `swap`, or take `ReversibleBlock`.
+
+    Example:
+        >>> import torch
+        >>> from revnet import AdditiveCoupling
+        >>> layer = AdditiveCoupling(torch.nn.Linear(3, 3))
+        >>> x1, x2 = torch.randn(2, 4, 3)
+        >>> torch.allclose(layer.inverse(*layer(x1, x2))[0], x1, atol=1e-6)
+        True
+    """
+
+    def __init__(self, branch: nn.Module, swap: bool = False) -> None:
+        super().__init__()
+        self.branch = _module("branch", branch)
+        self.swap = swap
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step(self.branch, int(self.swap), ADDITION),)
+
+
+class AffineCoupling(Coupling):
+    """y1 = x1 * exp(s) + t with (s, t) = branch(x2), y2 = x2; log-determinant sum(s), of shape (B,).
+
+    Source: Dinh, Sohl-Dickstein, Bengio 2016 (RealNVP), section 3.2.
+
+    Args:
+        branch: module from one half to a tuple (log_scale, shift), each of the shape of the other half. Bound the
+            log-scale smoothly (a tanh, say): the inverse multiplies errors by exp(-s).
+        swap: move the second half by the first instead.
+
+    Example:
+        >>> import torch
+        >>> from revnet import AffineCoupling
+        >>> class Branch(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         log_scale, shift = super().forward(x).chunk(2, dim=1)
+        ...         return log_scale.tanh(), shift
+        >>> layer = AffineCoupling(Branch(3, 6))
+        >>> (y1, y2), log_det = layer.forward_and_log_det(torch.randn(4, 3), torch.randn(4, 3))
+        >>> log_det.shape
+        torch.Size([4])
+    """
+
+    def __init__(self, branch: nn.Module, swap: bool = False) -> None:
+        super().__init__()
+        self.branch = _module("branch", branch)
+        self.swap = swap
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step(self.branch, int(self.swap), AFFINE),)
+
+
+class ReversibleBlock(Coupling):
+    """y1 = x1 + f(x2), y2 = x2 + g(y1): two additive couplings with the roles swapped.
+
+    Source: Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), section 3.1.
+
+    Args:
+        f, g: residual branches, modules that keep the shape of a half; called `f(x, context)` if the sequence is given
+            a context.
+
+    Example:
+        >>> import torch
+        >>> from revnet import ReversibleBlock
+        >>> block = ReversibleBlock(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        >>> y1, y2 = block(torch.randn(4, 3), torch.randn(4, 3))
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        self.f = _module("f", f)
+        self.g = _module("g", g)
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step(self.f, 0, ADDITION), Step(self.g, 1, ADDITION))

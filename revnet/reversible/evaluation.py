@@ -1,0 +1,206 @@
+"""First and second evaluation of a module: the second repeats the first and changes nothing outside."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+__all__ = ["Autocast", "Evaluation", "call", "evaluate", "is_recomputing", "observe", "recording"]
+
+T = TypeVar("T")
+Slot = tuple[nn.Module, str, Tensor]
+
+
+class _Local(threading.local):
+    """Per thread, because the backward pass of a CUDA graph runs in a thread of its own."""
+
+    recomputing = False
+    tape: list[Evaluation] | None = None
+
+
+_local = _Local()
+
+
+def is_recomputing() -> bool:
+    """Whether the code that asks is being run a second time, inside a backward pass.
+
+    Forward hooks and side effects of a branch run once per evaluation, twice per training step under `recompute` and
+    `reconstruct`. A hook that must count once asks this function.
+
+    Example:
+        >>> from revnet import is_recomputing
+        >>> is_recomputing()
+        False
+    """
+    return _local.recomputing
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """The autocast state in force when the first evaluation ran."""
+
+    settings: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def current(cls, device: torch.device) -> Autocast:
+        kinds = dict.fromkeys(("cpu", device.type))
+        return cls(tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds))
+
+    @property
+    def enabled(self) -> bool:
+        return any(enabled for _, enabled, _ in self.settings)
+
+    @contextmanager
+    def restored(self, device: torch.device) -> Iterator[None]:
+        if self == Autocast.current(device) and not self.enabled:
+            yield
+            return
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self.settings:
+                # Without the weight cache: a weight used twice would otherwise sum its gradient in half precision.
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
+            yield
+
+
+def _random_states(device: torch.device) -> tuple[Tensor, ...]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(getattr(torch, device.type).get_rng_state(device))
+    return tuple(states)
+
+
+@contextmanager
+def _random_replayed(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
+    if states is None:
+        yield
+        return
+    accelerators = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(accelerators, device_type=kind):
+        torch.set_rng_state(states[0])
+        for accelerator, state in zip(accelerators, states[1:], strict=True):
+            getattr(torch, accelerator.type).set_rng_state(state, accelerator)
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What it takes to evaluate `module` a second time exactly as the first.
+
+    Attributes:
+        module: the branch or layer that was evaluated.
+        parameters: every place that held a parameter, with the tensor it held at the time; under
+            `torch.func.functional_call` that is not the one the module holds later.
+        buffers: values before the first evaluation of the buffers that it changed and that its result may depend on.
+        random: states of the random generators before it, or None if it drew nothing.
+        device: where it ran.
+    """
+
+    module: nn.Module
+    parameters: tuple[Slot, ...]
+    buffers: tuple[Slot, ...]
+    random: tuple[Tensor, ...] | None
+    device: torch.device
+
+    @contextmanager
+    def aliased(self) -> Iterator[dict[int, Tensor]]:
+        """Lets aliases stand in for the parameters and scratch copies for the buffers; yields the aliases by `id`.
+
+        Aliases, because a product taken with respect to the parameters themselves would set off their hooks, and
+        scratch copies, because the second evaluation must not count in the running statistics.
+        """
+        aliases: dict[int, Tensor] = {}
+        restore: list[tuple[dict[str, Any], str, Any]] = []
+        was_recomputing = _local.recomputing
+        _local.recomputing = True
+        try:
+            for owner, name, parameter in self.parameters:
+                if id(parameter) not in aliases:
+                    # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
+                    aliases[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                restore.append((owner._parameters, name, owner._parameters[name]))
+                owner._parameters[name] = aliases[id(parameter)]  # type: ignore[assignment]
+            earlier = {(id(owner), name): value for owner, name, value in self.buffers}
+            for owner in self.module.modules():
+                for name, value in owner._buffers.items():
+                    if value is not None:
+                        restore.append((owner._buffers, name, value))
+                        owner._buffers[name] = earlier.get((id(owner), name), value).clone()
+            yield aliases
+        finally:
+            for table, name, value in reversed(restore):
+                table[name] = value
+            _local.recomputing = was_recomputing
+
+    @contextmanager
+    def surroundings(self, autocast: Autocast) -> Iterator[None]:
+        """Random generators and autocast as they were during the first evaluation."""
+        with _random_replayed(self.random, self.device), autocast.restored(self.device):
+            yield
+
+
+def _stateful_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor, int]]:
+    """Copies of the buffers whose value could enter the result and change with it: all but running statistics.
+
+    Normalisation in training mode writes its running statistics and never reads them (nor bumps their version), so
+    nothing needs to be kept for it.
+    """
+    found = []
+    for owner in module.modules():
+        if owner._buffers and not isinstance(owner, _NormBase):
+            for name, value in owner._buffers.items():
+                if value is not None and owner.training:
+                    found.append((owner, name, value, value.clone(), value._version))
+    return found
+
+
+def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -> tuple[T, Evaluation]:
+    """Runs `compute`, the first evaluation of `module`, and notes what a second one needs."""
+    tape, _local.tape = _local.tape, None
+    try:
+        before = _random_states(device)
+        buffers = _stateful_buffers(module)
+        result = compute()
+        after = _random_states(device)
+    finally:
+        _local.tape = tape
+    drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    changed = tuple(
+        (owner, name, copy)
+        for owner, name, value, copy, version in buffers
+        if owner._buffers[name] is not value or value._version != version
+    )
+    slots = tuple((m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None)
+    return result, Evaluation(module, slots, changed, before if drew else None, device)
+
+
+def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
+    """`module(x)`, or `module(x, context)` where there is a context."""
+    return module(x) if context is None else module(x, context)
+
+
+def evaluate(branch: nn.Module, x: Tensor, context: Any = None) -> Any:
+    """Evaluates a residual branch; inside `recording()` it also notes what a second evaluation needs."""
+    tape = _local.tape
+    if tape is None:
+        return call(branch, x, context)
+    result, evaluation = observe(branch, x.device, lambda: call(branch, x, context))
+    tape.append(evaluation)
+    return result
+
+
+@contextmanager
+def recording() -> Iterator[list[Evaluation]]:
+    """Collects one `Evaluation` for each branch evaluated inside, in order."""
+    outer, _local.tape = _local.tape, []
+    try:
+        yield _local.tape
+    finally:
+        _local.tape = outer

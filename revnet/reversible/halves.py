@@ -1,0 +1,89 @@
+"""From one tensor to its two halves and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Merge", "Split", "split_halves"]
+
+
+def _dense_format(x: Tensor) -> torch.memory_format:
+    """The dense memory format that `x` is laid out in."""
+    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.ndim == ndim and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
+
+
+def split_halves(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The two halves of `x` along `dim`, dense in the memory format of `x`.
+
+    Dense, because a plain `chunk` of a channels_last tensor gives strided halves on which convolutions and
+    normalisation take slower paths.
+    """
+    if x.shape[dim] % 2:
+        raise ValueError(
+            f"cannot split {x.shape[dim]} channels (dimension {dim} of shape {tuple(x.shape)}) into two equal halves: "
+            f"give an even number"
+        )
+    memory_format = _dense_format(x)
+    first, second = x.chunk(2, dim)
+    return first.contiguous(memory_format=memory_format), second.contiguous(memory_format=memory_format)
+
+
+class Split(nn.Module):
+    """x -> (x1, x2), the two halves along `dim`; log-determinant exactly 0. The first layer of a sequence on one tensor.
+
+    Args:
+        dim: the dimension to split, of even size.
+
+    Example:
+        >>> import torch
+        >>> from revnet.reversible import Split
+        >>> x1, x2 = Split()(torch.randn(2, 6, 4, 4))
+        >>> x1.shape
+        torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
+        return split_halves(x, self.dim)
+
+    def inverse(self, x1: Tensor, x2: Tensor, context: object = None) -> Tensor:
+        """The tensor whose halves are x1 and x2."""
+        return torch.cat((x1, x2), self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Merge(nn.Module):
+    """(x1, x2) -> x, the concatenation along `dim`: undoes `Split`. The last layer of a sequence that returns one tensor.
+
+    Args:
+        dim: the dimension to concatenate along.
+
+    Example:
+        >>> import torch
+        >>> from revnet.reversible import Merge
+        >>> Merge()(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 6, 4, 4])
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x1: Tensor, x2: Tensor, context: object = None) -> Tensor:
+        return torch.cat((x1, x2), self.dim)
+
+    def inverse(self, x: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
+        """The two halves of x."""
+        return split_halves(x, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"

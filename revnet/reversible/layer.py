@@ -1,0 +1,73 @@
+"""What the engine asks of a layer: a forward, and where it has them an inverse and a log-determinant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["State", "apply_layer", "as_state", "as_stream", "invert_layer", "is_invertible"]
+
+State = tuple[Tensor, ...]
+
+
+def is_invertible(layer: nn.Module) -> bool:
+    """A layer can be reconstructed through if it has a method `inverse`."""
+    return callable(getattr(layer, "inverse", None))
+
+
+def as_state(output: Any, layer: nn.Module) -> State:
+    """The output of a layer as a tuple of tensors."""
+    state = output if isinstance(output, tuple) else (output,)
+    if not all(isinstance(x, Tensor) for x in state):
+        raise TypeError(
+            f"{type(layer).__name__} must return a tensor or a tuple of tensors, got {type(output).__name__} "
+            f"of {[type(x).__name__ for x in state]}"
+        )
+    return state
+
+
+def as_stream(state: State) -> State:
+    """The state in fp32 where autocast is on: the residual stream is summed in full precision.
+
+    Branches still run in half precision; only what they are added to is kept wide, as autocast itself does for sums.
+    """
+    if not any(x.dtype in (torch.bfloat16, torch.float16) for x in state):
+        return state
+    if not torch.is_autocast_enabled(state[0].device.type):
+        return state
+    return tuple(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in state)
+
+
+def _arguments(context: Any) -> dict[str, Any]:
+    return {} if context is None else {"context": context}
+
+
+def apply_layer(
+    layer: nn.Module, state: State, context: Any = None, log_det: Tensor | None = None
+) -> tuple[State, Tensor | None]:
+    """Output of `layer`, and `log_det` (None: not wanted) plus its log-determinant."""
+    if log_det is None:
+        return as_stream(as_state(layer(*state, **_arguments(context)), layer)), None
+    if hasattr(layer, "forward_and_log_det"):
+        output, term = layer.forward_and_log_det(*state, **_arguments(context))
+    elif is_invertible(layer):
+        output, term = layer(*state, **_arguments(context)), None
+    else:
+        raise TypeError(
+            f"{type(layer).__name__} has no log-determinant: it has neither `forward_and_log_det` nor `inverse`; "
+            f"leave it out of a flow or give it both"
+        )
+    return as_stream(as_state(output, layer)), log_det if term is None else log_det + term
+
+
+def invert_layer(layer: nn.Module, state: State, context: Any = None) -> State:
+    """The input of `layer` that gives `state`."""
+    inverse = getattr(layer, "inverse", None)
+    if inverse is None:
+        raise ValueError(
+            f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
+            f"invert the layers behind it, or replace it by an invertible one"
+        )
+    return as_state(inverse(*state, **_arguments(context)), layer)

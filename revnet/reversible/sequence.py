@@ -1,0 +1,228 @@
+"""The sequence of layers, and what becomes of their activations between the forward and the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from revnet.reversible.function import Run, apply_run
+from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible
+
+__all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "set_activations"]
+
+Value = Literal["store", "recompute", "reconstruct"]
+Activations = Value | Sequence[Value]
+ACTIVATIONS: tuple[Value, ...] = ("store", "recompute", "reconstruct")
+
+
+def _checked(value: Any) -> Value:
+    if value not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(map(repr, ACTIVATIONS))}; got {value!r}")
+    return value
+
+
+def _ordinary_only() -> bool:
+    """Where a custom Function cannot go: under torch.func, forward-mode AD, tracing and export."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.compiler.is_exporting()
+    )
+
+
+class ReversibleSequence(nn.ModuleList):
+    """y = layers[-1](... layers[0](x)), with a choice of what is kept for the backward pass.
+
+    `activations` says what becomes of a layer's activations between the forward and the backward pass: "store" keeps
+    all that autograd saves (ordinary backpropagation), "recompute" keeps the layer's input and evaluates it again,
+    "reconstruct" keeps nothing and computes the layer's input from its output. Weights, `state_dict` and outputs are the
+    same under all three; gradients are equal up to the rounding of the reconstruction.
+
+    Source: Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), section 3.2, with one evaluation of each
+    branch in the backward pass instead of two.
+
+    Args:
+        layers: modules from state to state. The state is one tensor or a pair of halves. A layer with a method
+            `inverse` can be reconstructed through; one without (a strided transition, say) keeps its input and is
+            recomputed under `activations="reconstruct"`.
+        activations: one of the three values, or a plan: one value for each layer. A plan that asks a layer without an
+            inverse to reconstruct raises ValueError.
+
+    Attributes:
+        reconstruction_error: ||reconstructed - true|| / ||true|| of the last backward pass, the worst of the stretches
+            of reconstructed layers, measured on a sample of their input that covers every channel; a 0-dim tensor on
+            the device, or None where nothing has been reconstructed yet.
+
+    Memory under "reconstruct" is the sequence's output and the activations of one branch, whatever the depth. Use
+    "store" where memory is not short: it is the fastest. Under "recompute" and "reconstruct" the graph is
+    differentiated once only (`create_graph=True` raises); under torch.func, tracing and export the layers run as under
+    "store".
+
+    Example:
+        >>> import torch
+        >>> from revnet import ReversibleBlock, ReversibleSequence
+        >>> blocks = [ReversibleBlock(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)) for _ in range(4)]
+        >>> sequence = ReversibleSequence(blocks, activations="reconstruct")
+        >>> x1, x2 = torch.randn(2, 5, 3)
+        >>> y1, y2 = sequence(x1, x2)
+        >>> torch.allclose(sequence.inverse(y1, y2)[1], x2, atol=1e-5)
+        True
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], activations: Activations = "reconstruct") -> None:
+        super().__init__(layers)
+        self._errors: dict[int, Tensor] = {}
+        self.activations = activations
+
+    @property
+    def activations(self) -> Activations:
+        """The value, or the plan as a tuple of one value for each layer."""
+        return self._activations
+
+    @activations.setter
+    def activations(self, activations: Activations) -> None:
+        if isinstance(activations, str):
+            self._activations: Activations = _checked(activations)
+        else:
+            plan = tuple(_checked(value) for value in activations)
+            if len(plan) != len(self):
+                raise ValueError(
+                    f"activations: a plan needs one value for each layer; got {len(plan)} values for {len(self)} layers"
+                )
+            for index, (value, layer) in enumerate(zip(plan, self, strict=True)):
+                if value == "reconstruct" and not is_invertible(layer):
+                    raise ValueError(
+                        f"activations: the plan asks layer {index} ({type(layer).__name__}) to reconstruct, but it has "
+                        f'no inverse; give it "recompute" or "store"'
+                    )
+            self._activations = plan
+        self._errors.clear()
+
+    @property
+    def reconstruction_error(self) -> Tensor | None:
+        return torch.stack(list(self._errors.values())).amax() if self._errors else None
+
+    def plan(self) -> tuple[Value, ...]:
+        """What is done for each layer: the value or plan, with layers that have no inverse recomputed."""
+        if not isinstance(self._activations, str):
+            return tuple(self._activations)
+        if self._activations != "reconstruct":
+            return (self._activations,) * len(self)
+        return tuple("reconstruct" if is_invertible(layer) else "recompute" for layer in self)
+
+    def forward(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:
+        """The output state for the input state: a tensor, or a pair of halves.
+
+        Args:
+            x1, x2: the two halves; x1 alone where the first layer takes one tensor.
+            context: extra input of every branch (a tensor, or tuples, lists and dicts of tensors), passed as
+                `branch(x, context)`; gradients reach it.
+        """
+        return _unwrap(self._run((x1,) if x2 is None else (x1, x2), context, None)[0])
+
+    def forward_and_log_det(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> tuple[Any, Tensor]:
+        """The output state and log |det dy/dx|, of shape (B,): exactly 0 for additive couplings."""
+        state, log_det = self._run((x1,) if x2 is None else (x1, x2), context, x1.new_zeros(x1.shape[0]))
+        assert log_det is not None
+        return _unwrap(state), log_det
+
+    def inverse(self, y1: Tensor, y2: Tensor | None = None, context: Any = None) -> Any:
+        """The input state that `forward` maps to (y1, y2). Gradients through it are those of ordinary autograd.
+
+        Raises:
+            ValueError: a layer has no inverse.
+        """
+        state: State = (y1,) if y2 is None else (y1, y2)
+        for layer in reversed(self):
+            state = invert_layer(layer, state, context)
+        return _unwrap(state)
+
+    def _run(self, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
+        _check_state(state)
+        cached = torch.is_autocast_cache_enabled()
+        # A cached half-precision copy of a weight used twice would sum its gradient in half precision.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            state = as_stream(state)
+            for number, (layers, values) in enumerate(self._runs(state, context)):
+                if values[0] == "store":
+                    for layer in layers:
+                        state, log_det = apply_layer(layer, state, context, log_det)
+                else:
+                    reconstruct = tuple(value == "reconstruct" for value in values)
+                    run = Run(layers, reconstruct, partial(self._errors.__setitem__, number))
+                    state, log_det = apply_run(run, state, context, log_det)
+            return state, log_det
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[Value, ...]]]:
+        """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function)."""
+        plan = self.plan()
+        if not torch.is_grad_enabled() or _ordinary_only():
+            plan = ("store",) * len(plan)
+        else:
+            self._errors.clear()
+            if not any(x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)):
+                # Frozen layers ahead of the first trainable one have no backward pass, so nothing is kept for them.
+                trainable = (any(p.requires_grad for p in layer.parameters()) for layer in self)
+                frozen = next((index for index, found in enumerate(trainable) if found), len(plan))
+                plan = ("store",) * frozen + plan[frozen:]
+        for _, run in groupby(zip(self, plan, strict=True), key=lambda pair: pair[1] == "store"):
+            layers, values = zip(*run, strict=True)
+            yield layers, values
+
+    def extra_repr(self) -> str:
+        return f"activations={self._activations!r}"
+
+
+def _unwrap(state: State) -> Any:
+    return state[0] if len(state) == 1 else state
+
+
+def _check_state(state: State) -> None:
+    for name, x in zip(("x1", "x2"), state, strict=False):
+        if not isinstance(x, Tensor | torch.fx.Proxy):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
+
+
+def set_activations(module: nn.Module, activations: Activations) -> None:
+    """Sets what becomes of the activations in every sequence of a live network.
+
+    Args:
+        module: a network or a sequence.
+        activations: "store", "recompute" or "reconstruct" for all its parts (a stem or tail outside the sequences
+            included); or a plan, one value for each layer of its sequences in the order of `module.modules()`.
+
+    Raises:
+        ValueError: the module has no sequence, an unknown value, a plan of the wrong length, or a plan that asks a layer
+            without an inverse to reconstruct.
+
+    Example:
+        >>> from revnet import set_activations
+        >>> from revnet.models import revnet38
+        >>> network = revnet38(num_classes=10)
+        >>> set_activations(network, "recompute")
+    """
+    parts = [m for m in module.modules() if isinstance(getattr(m, "activations", None), str | tuple)]
+    sequences = [m for m in parts if isinstance(m, ReversibleSequence)]
+    if not sequences:
+        raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
+    if isinstance(activations, str):
+        for part in parts:
+            part.activations = _checked(activations)  # type: ignore[assignment]
+        return
+    plan, total = tuple(activations), sum(map(len, sequences))
+    if len(plan) != total:
+        raise ValueError(
+            f"activations: a plan needs one value for each layer; got {len(plan)} values for {total} layers"
+        )
+    for sequence in sequences:
+        sequence.activations, plan = plan[: len(sequence)], plan[len(sequence) :]
