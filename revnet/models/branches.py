@@ -1,0 +1,86 @@
+"""Pre-activation residual branches: what a residual unit adds to its shortcut."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["BasicBranch", "BottleneckBranch", "conv1x1", "conv3x3", "norm"]
+
+
+def norm(channels: int) -> nn.BatchNorm2d:
+    """Batch normalisation with the constants of Gomez et al. 2017: eps 1e-3, decay 0.99."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+class BasicBranch(nn.Module):
+    """(BN, ReLU, 3x3 convolution) twice.
+
+    Source: He et al. 2016 (Identity Mappings in Deep Residual Networks), figure 4e.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        stride: of the first convolution.
+        preactivate: False leaves out the leading BN-ReLU, as in the very first unit of a network, whose input the stem
+            has just activated.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True
+    ) -> None:
+        super().__init__()
+        self.bn1 = norm(in_channels) if preactivate else None
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn2 = norm(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bn1 is not None:
+            x = self.relu(self.bn1(x))
+        x = self.conv1(x)
+        return self.conv2(self.relu(self.bn2(x)))
+
+
+class BottleneckBranch(nn.Module):
+    """BN-ReLU-1x1, BN-ReLU-3x3, BN-ReLU-1x1 with a quarter of the output's channels in between.
+
+    Source: He et al. 2016 (Identity Mappings in Deep Residual Networks), figure 4e; the stride is on the first
+    convolution as in the published code of Gomez et al. 2017.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        stride: of the first convolution.
+        preactivate: False leaves out the leading BN-ReLU, as in the very first unit of a network.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True
+    ) -> None:
+        super().__init__()
+        width = out_channels // self.expansion
+        self.bn1 = norm(in_channels) if preactivate else None
+        self.conv1 = conv1x1(in_channels, width, stride)
+        self.bn2 = norm(width)
+        self.conv2 = conv3x3(width, width)
+        self.bn3 = norm(width)
+        self.conv3 = conv1x1(width, out_channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bn1 is not None:
+            x = self.relu(self.bn1(x))
+        x = self.conv1(x)
+        x = self.conv2(self.relu(self.bn2(x)))
+        return self.conv3(self.relu(self.bn3(x)))

@@ -1,0 +1,137 @@
+"""The networks of Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), table 1, to the last parameter.
+
+The first six are for CIFAR-size images, the ImageNet ones for 224x224. `preact_resnet50` and `preact_resnet101` are the
+paper's ResNets; torchvision's are other networks (post-activation, stride on the 3x3 convolution). Every builder takes
+`num_classes`, `in_channels` and `activations`, as in `PreActResNet`; RevNets reconstruct by default, ResNets store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from revnet.models.branches import BasicBranch, BottleneckBranch
+from revnet.models.network import PreActResNet, RevNet
+from revnet.models.registry import register_model
+
+__all__ = [
+    "preact_resnet50",
+    "preact_resnet101",
+    "resnet32",
+    "resnet110",
+    "resnet164",
+    "revnet38",
+    "revnet56",
+    "revnet104",
+    "revnet110",
+    "revnet164",
+]
+
+
+@register_model
+def resnet32(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
+    """ResNet-32: 464,154 parameters with 10 classes."""
+    return PreActResNet(
+        BasicBranch, (5, 5, 5), (16, 16, 32, 64), small_images=True, num_classes=num_classes, **arguments
+    )
+
+
+@register_model
+def resnet110(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
+    """ResNet-110: 1,727,962 parameters with 10 classes."""
+    return PreActResNet(
+        BasicBranch, (18, 18, 18), (16, 16, 32, 64), small_images=True, num_classes=num_classes, **arguments
+    )
+
+
+@register_model
+def resnet164(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
+    """ResNet-164: 1,703,258 parameters with 10 classes."""
+    return PreActResNet(
+        BottleneckBranch,
+        (18, 18, 18),
+        (16, 16, 32, 64),
+        small_images=True,
+        num_classes=num_classes,
+        **arguments,
+    )
+
+
+@register_model
+def revnet38(*, num_classes: int = 10, **arguments: Any) -> RevNet:
+    """RevNet-38: 464,890 parameters with 10 classes."""
+    return RevNet(
+        BasicBranch, (3, 3, 3), (32, 32, 64, 112), small_images=True, num_classes=num_classes, **arguments
+    )
+
+
+@register_model
+def revnet110(*, num_classes: int = 10, **arguments: Any) -> RevNet:
+    """RevNet-110: 1,729,194 parameters with 10 classes."""
+    return RevNet(
+        BasicBranch, (9, 9, 9), (32, 32, 64, 128), small_images=True, num_classes=num_classes, **arguments
+    )
+
+
+@register_model
+def revnet164(*, num_classes: int = 10, **arguments: Any) -> RevNet:
+    """RevNet-164: 1,748,778 parameters with 10 classes."""
+    return RevNet(
+        BottleneckBranch,
+        (9, 9, 9),
+        (32, 32, 64, 128),
+        small_images=True,
+        num_classes=num_classes,
+        **arguments,
+    )
+
+
+@register_model
+def preact_resnet50(*, num_classes: int = 1000, **arguments: Any) -> PreActResNet:
+    """ResNet-50 in pre-activation form: 25,549,352 parameters with 1000 classes."""
+    return PreActResNet(
+        BottleneckBranch,
+        (3, 4, 6, 3),
+        (64, 64, 128, 256, 512),
+        small_images=False,
+        num_classes=num_classes,
+        **arguments,
+    )
+
+
+@register_model
+def preact_resnet101(*, num_classes: int = 1000, **arguments: Any) -> PreActResNet:
+    """ResNet-101 in pre-activation form: 44,541,480 parameters with 1000 classes."""
+    return PreActResNet(
+        BottleneckBranch,
+        (3, 4, 23, 3),
+        (64, 64, 128, 256, 512),
+        small_images=False,
+        num_classes=num_classes,
+        **arguments,
+    )
+
+
+@register_model
+def revnet56(*, num_classes: int = 1000, **arguments: Any) -> RevNet:
+    """RevNet-56: 27,553,128 parameters with 1000 classes."""
+    return RevNet(
+        BottleneckBranch,
+        (2, 2, 3, 2),
+        (128, 128, 256, 512, 832),
+        small_images=False,
+        num_classes=num_classes,
+        **arguments,
+    )
+
+
+@register_model
+def revnet104(*, num_classes: int = 1000, **arguments: Any) -> RevNet:
+    """RevNet-104: 45,428,072 parameters with 1000 classes."""
+    return RevNet(
+        BottleneckBranch,
+        (2, 2, 11, 2),
+        (128, 128, 256, 512, 832),
+        small_images=False,
+        num_classes=num_classes,
+        **arguments,
+    )
