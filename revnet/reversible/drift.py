@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from math import gcd
-
 import torch
 from torch import Tensor
 
 __all__ = ["relative_error", "sample"]
 
-_LEAST, _MOST = 256, 4096
 
-
-@lru_cache(maxsize=256)
-def _positions(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Indices of a few hundred elements among which every index of every dimension occurs (up to 4096 per dimension).
-
-    Each dimension is walked with a stride coprime to its size, so that whichever dimension holds the channels, every
-    channel is seen.
-    """
-    count = min(max(_LEAST, *shape), _MOST)
-    steps = torch.arange(count)
-    indices = []
-    for axis, size in enumerate(shape):
-        stride = next(s for s in range(2 * axis + 1, 2 * axis + 2 + size) if gcd(s, size) == 1)
-        indices.append((steps * stride % size).to(device))
-    return tuple(indices)
+def _sparse(x: Tensor, whole: int) -> Tensor:
+    """A view of `x` that has every index of dimension `whole` and two of each other (eight of a single other)."""
+    count = 8 if x.ndim == 2 else 2
+    steps = [1 if axis == whole else max(1, size // count) for axis, size in enumerate(x.shape)]
+    return x[tuple(slice(step // 2, None, step) for step in steps)]
 
 
 def sample(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A small copy of the state, taken at positions that cover every channel."""
-    return tuple(x.detach()[_positions(x.shape, x.device)] if x.ndim and x.numel() else x.detach() for x in state)
+    """A small copy of the state that covers every channel, be the channels dimension 1 or the last."""
+    parts = []
+    for x in state:
+        axes = {1, x.ndim - 1} if x.ndim > 1 else {0}
+        parts += [_sparse(x.detach(), axis).flatten() for axis in sorted(axes)] if x.ndim else [x.detach().view(1)]
+    return tuple(part.clone() for part in parts)
 
 
 def _flat(parts: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([x.flatten().to(torch.promote_types(x.dtype, torch.float32)) for x in parts])
+    return torch.cat([x.to(torch.promote_types(x.dtype, torch.float32)) for x in parts])
 
 
 def relative_error(state: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:

@@ -29,11 +29,13 @@ class Run:
 
     Attributes:
         layers: the layers in forward order.
+        first: number of the first of them in its sequence.
         reconstruct: for each layer, whether its input is reconstructed from its output (True) or kept (False).
         report: receives the reconstruction error of every backward pass over the run.
     """
 
     layers: tuple[nn.Module, ...]
+    first: int
     reconstruct: tuple[bool, ...]
     report: Callable[[Tensor], None]
 
@@ -205,7 +207,7 @@ def _check_unchanged(job: _Job, versions: list[int]) -> None:
         if parameter._version != version:
             named = [
                 name
-                for index, layer in enumerate(job.run.layers)
+                for index, layer in enumerate(job.run.layers, job.run.first)
                 for name, p in layer.named_parameters(str(index))
                 if p is parameter
             ]
@@ -228,7 +230,12 @@ class _Replay:
         self.sums: dict[int, Tensor] = {}
 
     def reverse_step(
-        self, step: Step, evaluation: Evaluation, state: list[Tensor], grads: list[Tensor | None], needed: bool
+        self,
+        step: Step,
+        evaluation: Evaluation,
+        state: list[Tensor],
+        grads: list[Tensor | None],
+        needed: bool,
     ) -> None:
         """Undoes one elementary move: `state` and `grads`, those behind it, become those before it.
 

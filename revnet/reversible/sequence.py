@@ -127,7 +127,9 @@ class ReversibleSequence(nn.ModuleList):
         """
         return _unwrap(self._run((x1,) if x2 is None else (x1, x2), context, None)[0])
 
-    def forward_and_log_det(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> tuple[Any, Tensor]:
+    def forward_and_log_det(
+        self, x1: Tensor, x2: Tensor | None = None, context: Any = None
+    ) -> tuple[Any, Tensor]:
         """The output state and log |det dy/dx|, of shape (B,): exactly 0 for additive couplings."""
         state, log_det = self._run((x1,) if x2 is None else (x1, x2), context, x1.new_zeros(x1.shape[0]))
         assert log_det is not None
@@ -151,14 +153,16 @@ class ReversibleSequence(nn.ModuleList):
         torch.set_autocast_cache_enabled(False)
         try:
             state = as_stream(state)
-            for number, (layers, values) in enumerate(self._runs(state, context)):
+            first = 0
+            for layers, values in self._runs(state, context):
                 if values[0] == "store":
                     for layer in layers:
                         state, log_det = apply_layer(layer, state, context, log_det)
                 else:
                     reconstruct = tuple(value == "reconstruct" for value in values)
-                    run = Run(layers, reconstruct, partial(self._errors.__setitem__, number))
+                    run = Run(layers, first, reconstruct, partial(self._errors.__setitem__, first))
                     state, log_det = apply_run(run, state, context, log_det)
+                first += len(layers)
             return state, log_det
         finally:
             torch.set_autocast_cache_enabled(cached)
@@ -170,7 +174,9 @@ class ReversibleSequence(nn.ModuleList):
             plan = ("store",) * len(plan)
         else:
             self._errors.clear()
-            if not any(x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)):
+            if not any(
+                x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)
+            ):
                 # Frozen layers ahead of the first trainable one have no backward pass, so nothing is kept for them.
                 trainable = (any(p.requires_grad for p in layer.parameters()) for layer in self)
                 frozen = next((index for index, found in enumerate(trainable) if found), len(plan))
@@ -178,6 +184,9 @@ class ReversibleSequence(nn.ModuleList):
         for _, run in groupby(zip(self, plan, strict=True), key=lambda pair: pair[1] == "store"):
             layers, values = zip(*run, strict=True)
             yield layers, values
+
+    # nn.ModuleList's own leaves out `extra_repr`.
+    __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
         return f"activations={self._activations!r}"
@@ -190,7 +199,9 @@ def _unwrap(state: State) -> Any:
 def _check_state(state: State) -> None:
     for name, x in zip(("x1", "x2"), state, strict=False):
         if not isinstance(x, Tensor | torch.fx.Proxy):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
+            raise TypeError(
+                f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments"
+            )
 
 
 def set_activations(module: nn.Module, activations: Activations) -> None:
@@ -214,7 +225,9 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
     parts = [m for m in module.modules() if isinstance(getattr(m, "activations", None), str | tuple)]
     sequences = [m for m in parts if isinstance(m, ReversibleSequence)]
     if not sequences:
-        raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
+        raise ValueError(
+            f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set"
+        )
     if isinstance(activations, str):
         for part in parts:
             part.activations = _checked(activations)  # type: ignore[assignment]

@@ -1,0 +1,91 @@
+"""The memory that tensors take over time, event by event."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["MemoryTimeline"]
+
+
+class MemoryTimeline(TorchDispatchMode):
+    """Records the birth and death of every storage that an operator returns while the mode is on.
+
+    From the record follow the live bytes at any moment and their peak, with any set of tensors left out afterwards: it
+    is only known after a backward pass which storages became gradients. Storage that an operator allocates and frees
+    inside itself (a convolution's workspace) is not seen.
+
+    Args:
+        known: tensors that exist already and do not count (parameters, buffers, inputs).
+
+    Example:
+        >>> import torch
+        >>> from revnet.profiling import MemoryTimeline
+        >>> x = torch.ones(256)
+        >>> with MemoryTimeline(known=[x]) as timeline:
+        ...     y = (x + 1) * 2
+        >>> timeline.peak(), timeline.live()
+        (2048, 1024)
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._sizes: list[int] = []
+        self._events: list[tuple[int, int]] = []  # (number of the storage, change in bytes)
+        self._numbers: dict[int, tuple[int | None, weakref.ref[torch.UntypedStorage]]] = {}
+        for tensor in known:
+            self._see(tensor, counts=False)
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        pytree.tree_map_only(Tensor, self._see, result)
+        return result
+
+    def _see(self, tensor: Tensor, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._numbers:
+            return
+        number = None
+        if counts:
+            number, size = len(self._sizes), storage.nbytes()
+            self._sizes.append(size)
+            self._events.append((number, size))
+        self._numbers[key] = number, weakref.ref(storage, lambda _: self._forget(key))
+
+    def _forget(self, key: int) -> None:
+        number, _ = self._numbers.pop(key)
+        if number is not None:
+            self._events.append((number, -self._sizes[number]))
+
+    def now(self) -> int:
+        """The present moment, to be given to `live` and `bytes_over_time` later."""
+        return len(self._events)
+
+    def bytes_over_time(self, without: Iterable[Tensor] = ()) -> list[int]:
+        """Live bytes after each event, the storages of `without` left out."""
+        left_out = {self._numbers[t.untyped_storage()._cdata][0] for t in without if self._knows(t)}
+        total, curve = 0, []
+        for number, change in self._events:
+            if number not in left_out:
+                total += change
+            curve.append(total)
+        return curve
+
+    def _knows(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._numbers
+
+    def peak(self, without: Iterable[Tensor] = ()) -> int:
+        """The most bytes that were live at once."""
+        return max(self.bytes_over_time(without), default=0)
+
+    def live(self, moment: int | None = None, without: Iterable[Tensor] = ()) -> int:
+        """The bytes live at `moment` (one that `now` returned), or at the end."""
+        curve = self.bytes_over_time(without)[:moment]
+        return curve[-1] if curve else 0
