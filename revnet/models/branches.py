@@ -13,10 +13,12 @@ def norm(channels: int) -> nn.BatchNorm2d:
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """3x3 convolution without bias that keeps the resolution at stride 1."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution without bias."""
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
@@ -34,9 +36,7 @@ class BasicBranch(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
         super().__init__()
         self.bn1 = norm(in_channels) if preactivate else None
         self.conv1 = conv3x3(in_channels, out_channels, stride)
@@ -65,9 +65,7 @@ class BottleneckBranch(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
         super().__init__()
         width = out_channels // self.expansion
         self.bn1 = norm(in_channels) if preactivate else None

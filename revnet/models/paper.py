@@ -59,17 +59,13 @@ def resnet164(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
 @register_model
 def revnet38(*, num_classes: int = 10, **arguments: Any) -> RevNet:
     """RevNet-38: 464,890 parameters with 10 classes."""
-    return RevNet(
-        BasicBranch, (3, 3, 3), (32, 32, 64, 112), small_images=True, num_classes=num_classes, **arguments
-    )
+    return RevNet(BasicBranch, (3, 3, 3), (32, 32, 64, 112), small_images=True, num_classes=num_classes, **arguments)
 
 
 @register_model
 def revnet110(*, num_classes: int = 10, **arguments: Any) -> RevNet:
     """RevNet-110: 1,729,194 parameters with 10 classes."""
-    return RevNet(
-        BasicBranch, (9, 9, 9), (32, 32, 64, 128), small_images=True, num_classes=num_classes, **arguments
-    )
+    return RevNet(BasicBranch, (9, 9, 9), (32, 32, 64, 128), small_images=True, num_classes=num_classes, **arguments)
 
 
 @register_model

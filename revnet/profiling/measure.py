@@ -110,7 +110,7 @@ def measure_time(
 ) -> Time:
     """Wall time of a forward and backward pass, the median of `repeats` after `warmup` unmeasured ones.
 
-    To compare two models, interleave calls with `repeats=1`: machines drift. On a CPU set the allocator so that it keeps
+    To compare two models, interleave calls with `repeats=1`: machines drift. On a CPU set the allocator to keep
     the memory it freed (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ high), or what saves memory looks faster than
     it is.
     """

@@ -50,7 +50,7 @@ class Autocast:
 
     @classmethod
     def current(cls, device: torch.device) -> Autocast:
-        kinds = dict.fromkeys(("cpu", device.type))
+        kinds = [k for k in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(k)]
         return cls(tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds))
 
     @property
@@ -69,10 +69,15 @@ class Autocast:
             yield
 
 
+def _has_generator(device: torch.device) -> bool:
+    """Whether the device draws from a generator of its own: accelerators do, meta has none."""
+    return device.type not in ("cpu", "meta")
+
+
 def _random_states(device: torch.device) -> tuple[Tensor, ...]:
     states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(getattr(torch, device.type).get_rng_state(device))
+    if _has_generator(device):
+        states.append(torch.get_device_module(device).get_rng_state(device))
     return tuple(states)
 
 
@@ -81,12 +86,11 @@ def _random_replayed(states: tuple[Tensor, ...] | None, device: torch.device) ->
     if states is None:
         yield
         return
-    accelerators = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(accelerators, device_type=kind):
+    devices, kind = ([device], device.type) if _has_generator(device) else ([], "cuda")
+    with torch.random.fork_rng(devices, device_type=kind):
         torch.set_rng_state(states[0])
-        for accelerator, state in zip(accelerators, states[1:], strict=True):
-            getattr(torch, accelerator.type).set_rng_state(state, accelerator)
+        if devices:
+            torch.get_device_module(device).set_rng_state(states[1], device)
         yield
 
 

@@ -33,7 +33,7 @@ def split_halves(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
 
 
 class Split(nn.Module):
-    """x -> (x1, x2), the two halves along `dim`; log-determinant exactly 0. The first layer of a sequence on one tensor.
+    """x -> (x1, x2), the two halves along `dim`; log-determinant exactly 0. First layer of a sequence on one tensor.
 
     Args:
         dim: the dimension to split, of even size.
@@ -62,7 +62,7 @@ class Split(nn.Module):
 
 
 class Merge(nn.Module):
-    """(x1, x2) -> x, the concatenation along `dim`: undoes `Split`. The last layer of a sequence that returns one tensor.
+    """(x1, x2) -> x, the concatenation along `dim`: undoes `Split`. Last layer where one tensor is wanted.
 
     Args:
         dim: the dimension to concatenate along.

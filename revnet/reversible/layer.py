@@ -33,9 +33,8 @@ def as_stream(state: State) -> State:
 
     Branches still run in half precision; only what they are added to is kept wide, as autocast itself does for sums.
     """
-    if not any(x.dtype in (torch.bfloat16, torch.float16) for x in state):
-        return state
-    if not torch.is_autocast_enabled(state[0].device.type):
+    kind = state[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return state
     return tuple(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in state)
 
@@ -50,8 +49,9 @@ def apply_layer(
     """Output of `layer`, and `log_det` (None: not wanted) plus its log-determinant."""
     if log_det is None:
         return as_stream(as_state(layer(*state, **_arguments(context)), layer)), None
-    if hasattr(layer, "forward_and_log_det"):
-        output, term = layer.forward_and_log_det(*state, **_arguments(context))
+    with_log_det = getattr(layer, "forward_and_log_det", None)
+    if callable(with_log_det):
+        output, term = with_log_det(*state, **_arguments(context))
     elif is_invertible(layer):
         output, term = layer(*state, **_arguments(context)), None
     else:
@@ -65,7 +65,7 @@ def apply_layer(
 def invert_layer(layer: nn.Module, state: State, context: Any = None) -> State:
     """The input of `layer` that gives `state`."""
     inverse = getattr(layer, "inverse", None)
-    if inverse is None:
+    if not callable(inverse):
         raise ValueError(
             f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
             f"invert the layers behind it, or replace it by an invertible one"

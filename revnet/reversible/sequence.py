@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revnet.reversible.function import Run, apply_run
+from revnet.reversible.halves import Merge, Split
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible
 
 __all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "set_activations"]
@@ -42,8 +43,8 @@ class ReversibleSequence(nn.ModuleList):
 
     `activations` says what becomes of a layer's activations between the forward and the backward pass: "store" keeps
     all that autograd saves (ordinary backpropagation), "recompute" keeps the layer's input and evaluates it again,
-    "reconstruct" keeps nothing and computes the layer's input from its output. Weights, `state_dict` and outputs are the
-    same under all three; gradients are equal up to the rounding of the reconstruction.
+    "reconstruct" keeps nothing and computes the layer's input from its output. Weights, `state_dict` and output are
+    the same under all three; gradients are equal up to the rounding of the reconstruction.
 
     Source: Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), section 3.2, with one evaluation of each
     branch in the backward pass instead of two.
@@ -110,11 +111,18 @@ class ReversibleSequence(nn.ModuleList):
         return torch.stack(list(self._errors.values())).amax() if self._errors else None
 
     def plan(self) -> tuple[Value, ...]:
-        """What is done for each layer: the value or plan, with layers that have no inverse recomputed."""
+        """What is done for each layer.
+
+        A plan is followed to the letter. Under a single value layers without an inverse are recomputed instead of
+        reconstructed, and `Split` and `Merge` reconstructed instead of recomputed: undoing them is exact and costs no
+        more than doing them again, so their input need not be kept.
+        """
         if not isinstance(self._activations, str):
             return tuple(self._activations)
-        if self._activations != "reconstruct":
-            return (self._activations,) * len(self)
+        if self._activations == "store":
+            return ("store",) * len(self)
+        if self._activations == "recompute":
+            return tuple("reconstruct" if isinstance(layer, Split | Merge) else "recompute" for layer in self)
         return tuple("reconstruct" if is_invertible(layer) else "recompute" for layer in self)
 
     def forward(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:
@@ -127,9 +135,7 @@ class ReversibleSequence(nn.ModuleList):
         """
         return _unwrap(self._run((x1,) if x2 is None else (x1, x2), context, None)[0])
 
-    def forward_and_log_det(
-        self, x1: Tensor, x2: Tensor | None = None, context: Any = None
-    ) -> tuple[Any, Tensor]:
+    def forward_and_log_det(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> tuple[Any, Tensor]:
         """The output state and log |det dy/dx|, of shape (B,): exactly 0 for additive couplings."""
         state, log_det = self._run((x1,) if x2 is None else (x1, x2), context, x1.new_zeros(x1.shape[0]))
         assert log_det is not None
@@ -169,18 +175,16 @@ class ReversibleSequence(nn.ModuleList):
 
     def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[Value, ...]]]:
         """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function)."""
-        plan = self.plan()
+        plan = list(self.plan())
         if not torch.is_grad_enabled() or _ordinary_only():
-            plan = ("store",) * len(plan)
+            plan = ["store"] * len(plan)
         else:
             self._errors.clear()
-            if not any(
-                x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)
-            ):
+            if not any(x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)):
                 # Frozen layers ahead of the first trainable one have no backward pass, so nothing is kept for them.
                 trainable = (any(p.requires_grad for p in layer.parameters()) for layer in self)
                 frozen = next((index for index, found in enumerate(trainable) if found), len(plan))
-                plan = ("store",) * frozen + plan[frozen:]
+                plan[:frozen] = ["store"] * frozen
         for _, run in groupby(zip(self, plan, strict=True), key=lambda pair: pair[1] == "store"):
             layers, values = zip(*run, strict=True)
             yield layers, values
@@ -199,9 +203,7 @@ def _unwrap(state: State) -> Any:
 def _check_state(state: State) -> None:
     for name, x in zip(("x1", "x2"), state, strict=False):
         if not isinstance(x, Tensor | torch.fx.Proxy):
-            raise TypeError(
-                f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments"
-            )
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
 
 
 def set_activations(module: nn.Module, activations: Activations) -> None:
@@ -213,7 +215,7 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
             included); or a plan, one value for each layer of its sequences in the order of `module.modules()`.
 
     Raises:
-        ValueError: the module has no sequence, an unknown value, a plan of the wrong length, or a plan that asks a layer
+        ValueError: the module has no sequence, an unknown value, a plan of the wrong length or that asks a layer
             without an inverse to reconstruct.
 
     Example:
@@ -225,9 +227,7 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
     parts = [m for m in module.modules() if isinstance(getattr(m, "activations", None), str | tuple)]
     sequences = [m for m in parts if isinstance(m, ReversibleSequence)]
     if not sequences:
-        raise ValueError(
-            f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set"
-        )
+        raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
     if isinstance(activations, str):
         for part in parts:
             part.activations = _checked(activations)  # type: ignore[assignment]

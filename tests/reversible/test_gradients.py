@@ -65,7 +65,9 @@ def test_any_rank_and_split_dimension(shape, dim):
     assert relative(found, truth) <= 1e-10
 
 
-@pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct", ["reconstruct", "store", "recompute"] * 2])
+@pytest.mark.parametrize(
+    "activations", ["store", "recompute", "reconstruct", ["reconstruct", "store", "recompute"] * 2]
+)
 def test_forward_is_bit_identical_to_store(activations):
     x = torch.randn(4, 8, 6, 6)
     y, _ = step(sequence("store", dtype=torch.float32), x)
@@ -86,7 +88,9 @@ class Conditional(nn.Module):
         return self.inner(x) + (self.embed(tokens) * rest["scale"])[..., None, None]
 
 
-@pytest.mark.parametrize("activations", [*VALUES, ["reconstruct", "recompute", "store", "reconstruct", "store", "recompute"]])
+@pytest.mark.parametrize(
+    "activations", [*VALUES, ["reconstruct", "recompute", "store", "reconstruct", "store", "recompute"]]
+)
 def test_gradients_reach_the_context(activations):
     def gradients(value):
         net = sequence(value, branch=Conditional)

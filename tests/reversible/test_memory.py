@@ -99,7 +99,15 @@ def test_live_storages_are_constant_over_50_steps():
 
 
 def test_a_layer_without_inverse_keeps_its_input_and_nothing_else():
-    net = ReversibleSequence([Split(), *blocks(2, 4, dtype=torch.float32), Transition(4), *blocks(2, 4, dtype=torch.float32), Merge()])
+    net = ReversibleSequence(
+        [
+            Split(),
+            *blocks(2, 4, dtype=torch.float32),
+            Transition(4),
+            *blocks(2, 4, dtype=torch.float32),
+            Merge(),
+        ]
+    )
     x = torch.randn(4, 8, 8, 8)
     with MemoryTimeline([x, *net.parameters(), *net.buffers()]) as timeline:
         y = net(x)

@@ -21,7 +21,10 @@ def test_normalisation_statistics_are_updated_once_a_step(activations, momentum)
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = momentum
         for seed in range(3):
-            step(net, torch.randn(4, 8, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+            step(
+                net,
+                torch.randn(4, 8, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),
+            )
         return net.state_dict()
 
     truth, found = after_steps("store"), after_steps(activations)
@@ -33,7 +36,9 @@ def test_normalisation_statistics_are_updated_once_a_step(activations, momentum)
 def test_update_bn_updates_statistics_without_gradients():
     def after(value):
         net = sequence(value)
-        data = [torch.randn(4, 8, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+        data = [
+            torch.randn(4, 8, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(3)
+        ]
         update_bn(data, net)
         return net.state_dict()
 
@@ -103,8 +108,8 @@ def test_autocast_is_replayed_with_backward_outside_the_context(activations):
 
     (y, truth), (z, found) = gradients("store"), gradients(activations)
     assert torch.equal(y, z)
-    # Recomputed inputs are the stored ones to the bit. Reconstructed ones differ in the last bits of fp32, which now and
-    # then fall on the other side of a rounding to bf16.
+    # Recomputed inputs are the stored ones to the bit. Reconstructed ones differ in the last bits of fp32; now
+    # and then one falls on the other side of a rounding to bf16.
     assert relative(found, truth) <= (0 if activations == "recompute" else 2e-2)
 
 
@@ -154,9 +159,7 @@ def test_each_branch_is_evaluated_once_in_the_backward_pass(activations, evaluat
     for block in net[1:-1]:
         for name in "fg":
             branch = getattr(block, name)
-            branch.register_forward_hook(
-                lambda module, *_: counts.setdefault(module, []).append(is_recomputing())
-            )
+            branch.register_forward_hook(lambda module, *_: counts.setdefault(module, []).append(is_recomputing()))
     step(net, torch.randn(2, 8, 4, 4, dtype=torch.float64))
     assert len(counts) == 6
     assert all(flags == [False, True][:evaluations] for flags in counts.values())

@@ -281,7 +281,7 @@ def test_misuse_of_branches_is_named():
     x1, x2 = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     with pytest.raises(ValueError, match=r"returned \(2, 4, 4, 4\), the half is \(2, 4, 8, 8\)"):
         AdditiveCoupling(nn.AvgPool2d(2))(x1, x2)
-    with pytest.raises(TypeError, match="f must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"f must be an nn\.Module"):
         ReversibleBlock(torch.relu, nn.Identity())
     with pytest.raises(TypeError, match=r"must return a tuple \(log_scale, shift\)"):
         AffineCoupling(nn.Identity())(x1, x2)

@@ -1,0 +1,112 @@
+"""Networks as a whole: gradients, memory, sizes, misuse."""
+
+import pytest
+import torch
+
+from revnet import ReversibleSequence, set_activations
+from revnet.models import get_model, list_models, revnet38, revnet56
+from revnet.models.units import PoolPadShortcut
+from revnet.profiling import MemoryTimeline, measure_memory
+from tests.reversible.networks import relative, step
+
+SMALL = ["resnet32", "revnet38", "resnet164", "revnet164"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
+def test_gradients_equal_store(name, activations):
+    network = get_model(name).double()
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    set_activations(network, "store")
+    y, truth = step(network, x)
+    after = {k: v.clone() for k, v in network.state_dict().items()}
+    network.load_state_dict(state)
+    set_activations(network, activations)
+    z, found = step(network, x)
+    assert torch.equal(y, z)
+    assert relative(found, truth) <= 1e-10
+    assert all(torch.equal(after[k], v) for k, v in network.state_dict().items())
+
+
+def test_gradients_of_an_imagenet_network_equal_store():
+    network = revnet56(num_classes=7).double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    set_activations(network, "store")
+    _, truth = step(network, x)
+    set_activations(network, "reconstruct")
+    _, found = step(network, x)
+    assert relative(found, truth) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["revnet38", "revnet110", "revnet164"])
+def test_only_the_outputs_of_the_stages_are_kept(name):
+    network = get_model(name)
+    x = torch.randn(8, 3, 32, 32)
+    outputs = []
+    for stage in network.stage_names:
+        network.get_submodule(stage).register_forward_hook(lambda *call: outputs.append(call[-1].numel() * 4))
+    if name == "revnet164":  # its first stage begins with a transition, which keeps what the stem gave
+        network.layer1.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0].numel() * 4))
+    with MemoryTimeline([x, *network.parameters(), *network.buffers()]) as timeline:
+        y = network(x)
+        kept = timeline.live()
+    logits_and_pooled = y.numel() * 4 + x.shape[0] * network.fc.in_features * 4
+    samples = kept - sum(outputs) - logits_and_pooled
+    assert 0 <= samples <= 32 * 1024
+
+
+def test_peak_of_a_revnet_is_a_tenth_of_ordinary_backpropagation():
+    network = get_model("revnet110")
+    x = torch.randn(4, 3, 32, 32)
+    reversible = measure_memory(network, x)
+    set_activations(network, "store")
+    assert reversible.peak * 10 <= measure_memory(network, x).peak
+
+
+def test_default_activations_and_the_switch():
+    network = get_model("revnet38")
+    assert network.activations == "reconstruct"
+    assert get_model("resnet32").activations == "store"
+    assert get_model("revnet38", activations="recompute").layer2.activations == "recompute"
+    set_activations(network, "store")
+    sequences = [m for m in network.modules() if isinstance(m, ReversibleSequence)]
+    assert len(sequences) == 3
+    assert {m.activations for m in sequences} == {"store"}
+    assert network.activations == "store"
+
+
+@pytest.mark.parametrize("size", [(4, 4), (33, 21), (7, 40)])
+@pytest.mark.parametrize("name", SMALL)
+def test_any_size_of_at_least_the_total_stride(name, size):
+    assert get_model(name).eval()(torch.randn(2, 3, *size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("name", "size", "least"), [("revnet38", 3, 4), ("revnet56", 31, 32)])
+def test_images_too_small_are_refused_with_the_least_size(name, size, least):
+    with pytest.raises(ValueError, match=rf"\(2, 3, {size}, {size}\).*at least {least}"):
+        get_model(name)(torch.randn(2, 3, size, size))
+
+
+def test_gray_images_and_other_class_counts():
+    network = revnet38(num_classes=3, in_channels=1)
+    assert network(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    with pytest.raises(ValueError, match="num_classes=0"):
+        revnet38(num_classes=0)
+    with pytest.raises(ValueError, match="got 'all'"):
+        revnet38(activations="all")
+
+
+def test_pool_pad_shortcut():
+    x = torch.arange(2 * 4 * 4, dtype=torch.float32).view(1, 2, 4, 4)
+    y = PoolPadShortcut(2, 5, 2)(x)
+    assert y.shape == (1, 5, 2, 2)
+    assert torch.equal(y[:, 1:3], torch.nn.functional.avg_pool2d(x, 2))
+    assert y[:, 0].abs().sum() == y[:, 3:].abs().sum() == 0
+
+
+def test_registry():
+    assert list_models() == sorted(list_models())
+    assert {"preact_resnet50", "resnet110", "revnet104"} <= set(list_models())
+    with pytest.raises(ValueError, match=r"unknown model 'revnet83'; did you mean 'revnet38'\?.*revnet164"):
+        get_model("revnet83")
