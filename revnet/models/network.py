@@ -37,6 +37,8 @@ class PreActResNet(nn.Module):
         in_channels: channels of the images.
         activations: "store", "recompute" or "reconstruct"; layers without an inverse (here all) are recomputed under
             the last. See `ReversibleSequence`.
+        exact: keep the residual stream on a fixed-point grid, so that gradients are equal to the bit under all three
+            values of `activations`; None for the default. See `ReversibleSequence`.
 
     Input (B, in_channels, H, W), output logits (B, num_classes). Children: conv1, bn1, relu, maxpool, layer1, layer2,
     ..., norm, avgpool, fc. A stage's output is the residual stream before any activation; `norm` is the BN of the tail.
@@ -54,6 +56,7 @@ class PreActResNet(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         activations: Activations | None = None,
+        exact: bool | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1 or in_channels < 1:
@@ -74,7 +77,7 @@ class PreActResNet(nn.Module):
             first = name == "layer1"
             out = width * branch.expansion
             layers = self._stage(branch, count, channels, out, stride=1 if first else 2, first=first)
-            setattr(self, name, ReversibleSequence(layers))
+            setattr(self, name, ReversibleSequence(layers, exact=exact))
             channels = out
         self.norm = norm(channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)

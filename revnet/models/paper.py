@@ -1,8 +1,9 @@
 """The networks of Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), table 1, to the last parameter.
 
-The first six are for CIFAR-size images, the ImageNet ones for 224x224. `preact_resnet50` and `preact_resnet101` are the
+The first six are for CIFAR-size images, the others for 224x224. `preact_resnet50` and `preact_resnet101` are the
 paper's ResNets; torchvision's are other networks (post-activation, stride on the 3x3 convolution). Every builder takes
-`num_classes`, `in_channels` and `activations`, as in `PreActResNet`; RevNets reconstruct by default, ResNets store.
+`num_classes`, `in_channels`, `activations` and `exact`, as in `PreActResNet`; RevNets reconstruct by default, ResNets
+store.
 """
 
 from __future__ import annotations

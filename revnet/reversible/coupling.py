@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet.reversible.evaluation import evaluate
+from revnet.reversible.grid import to_grid
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleBlock", "Step"]
 
@@ -20,7 +21,7 @@ class Rule(Protocol):
     def undo(self, y: Tensor, h: Any) -> Tensor: ...
 
 
-class _Addition:
+class Addition:
     """y = x + h; its log-determinant is exactly 0."""
 
     def move(self, x: Tensor, h: Any) -> tuple[Tensor, None]:
@@ -29,6 +30,17 @@ class _Addition:
 
     def undo(self, y: Tensor, h: Any) -> Tensor:
         return y - h
+
+
+class _ExactAddition(Addition):
+    """y = x + h with h rounded to the fixed-point grid that x lies on: `undo` gives back every bit of x."""
+
+    def move(self, x: Tensor, h: Any) -> tuple[Tensor, None]:
+        _check_branch_output(h, x)
+        return x + to_grid(h, x.dtype), None
+
+    def undo(self, y: Tensor, h: Any) -> Tensor:
+        return y - to_grid(h, y.dtype)
 
 
 class _Affine:
@@ -43,7 +55,8 @@ class _Affine:
         return (y - shift) * torch.exp(-log_scale)
 
 
-ADDITION = _Addition()
+ADDITION = Addition()
+EXACT_ADDITION = _ExactAddition()
 AFFINE = _Affine()
 
 
@@ -81,13 +94,37 @@ class Coupling(nn.Module):
     """A layer made of elementary moves, each invertible given the half that it leaves alone.
 
     A subclass says what its moves are in `steps`; forward, inverse and log-determinant follow. All its parameters
-    belong to branches. Do not subclass it for a map that is no coupling: a layer with methods `forward`, `inverse` and,
+    belong to branches.
+
+    Attributes:
+        exact: add on the fixed-point grid, so that the inverse is exact to the bit; set by the sequence that the layer
+            stands in. Additive moves alone can be exact.
+
+    Do not subclass it for a map that is no coupling: a layer with methods `forward`, `inverse` and,
     if its log-determinant is not 0, `forward_and_log_det` can stand in a sequence as it is.
     """
+
+    exact = False
 
     def steps(self) -> tuple[Step, ...]:
         """The elementary moves, in the order of the forward pass."""
         raise TypeError(f"{type(self).__name__} must define `steps`, the elementary moves that it is made of")
+
+    def moves(self) -> tuple[Step, ...]:
+        """The steps as they are taken: on the grid where `exact`."""
+        steps = self.steps()
+        if not self.exact:
+            return steps
+        if not self.is_additive():
+            raise ValueError(
+                f"exact=True: {type(self).__name__} multiplies the stream, and a product cannot be undone to the bit; "
+                f"use additive couplings, or exact=False"
+            )
+        return tuple(Step(branch, moved, EXACT_ADDITION) for branch, moved, _ in steps)
+
+    def is_additive(self) -> bool:
+        """Whether every step is an addition."""
+        return all(isinstance(rule, Addition) for _, _, rule in self.steps())
 
     def forward(self, x1: Tensor, x2: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         return self.forward_and_log_det(x1, x2, context)[0]
@@ -97,7 +134,7 @@ class Coupling(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Output and log-determinant of shape (B,), or None where it is exactly 0."""
         state, log_det = [x1, x2], None
-        for branch, moved, rule in self.steps():
+        for branch, moved, rule in self.moves():
             h = evaluate(branch, state[1 - moved], context)
             state[moved], term = rule.move(state[moved], h)
             if term is not None:
@@ -107,7 +144,7 @@ class Coupling(nn.Module):
     def inverse(self, y1: Tensor, y2: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """The input that `forward` maps to (y1, y2)."""
         state = [y1, y2]
-        for branch, moved, rule in reversed(self.steps()):
+        for branch, moved, rule in reversed(self.moves()):
             state[moved] = rule.undo(state[moved], evaluate(branch, state[1 - moved], context))
         return state[0], state[1]
 

@@ -186,7 +186,12 @@ def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -
 
 
 def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
-    """`module(x)`, or `module(x, context)` where there is a context."""
+    """`module(x)`, or `module(x, context)` where there is a context.
+
+    It sees a view of x: what its uses of x send back is then summed before it meets the rest of the stream's gradient,
+    in every mode in the same order.
+    """
+    x = x.view_as(x)
     return module(x) if context is None else module(x, context)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from revnet.reversible.coupling import ADDITION, Coupling, Step
-from revnet.reversible.drift import relative_error, sample
+from revnet.reversible.coupling import Addition, Coupling, Step
+from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Autocast, Evaluation, call, observe, recording
 from revnet.reversible.layer import State, apply_layer, invert_layer
 
@@ -31,12 +31,14 @@ class Run:
         layers: the layers in forward order.
         first: number of the first of them in its sequence.
         reconstruct: for each layer, whether its input is reconstructed from its output (True) or kept (False).
+        exact: whether the stream is on the fixed-point grid.
         report: receives the reconstruction error of every backward pass over the run.
     """
 
     layers: tuple[nn.Module, ...]
     first: int
     reconstruct: tuple[bool, ...]
+    exact: bool
     report: Callable[[Tensor], None]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -52,7 +54,7 @@ class _Trace:
     kept: int
     """How many tensors of the layer's input were saved, 0 if it is reconstructed."""
     evaluations: tuple[Evaluation, ...]
-    sample: State | None
+    sample: Sample | None
     """A sample of the input where a stretch of reconstructed layers begins."""
 
 
@@ -114,16 +116,16 @@ class _ReversibleFunction(torch.autograd.Function):
         traces: list[_Trace] = []
         follows_known = True
         for layer, reconstruct in zip(job.run.layers, job.run.reconstruct, strict=True):
-            begins = sample(state) if reconstruct and follows_known else None
+            begins = Sample(state, job.run.exact) if reconstruct and follows_known else None
             if not reconstruct:
                 saved.extend(state)
             kept = 0 if reconstruct else len(state)
             if reconstruct and isinstance(layer, Coupling):
                 with recording() as evaluations:
-                    state, log_det = apply_layer(layer, state, context, log_det)
+                    state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
                 _check_all_in_branches(layer, evaluations)
             else:
-                state, log_det, evaluation = _observed(layer, state, context, log_det, device)
+                state, log_det, evaluation = _observed(layer, state, context, log_det, device, job.run.exact)
                 evaluations = [evaluation]
             traces.append(_Trace(kept, tuple(evaluations), begins))
             follows_known = not reconstruct
@@ -155,7 +157,7 @@ class _ReversibleFunction(torch.autograd.Function):
         context = [saved.pop() for _ in range(job.context.count)][::-1]
         grad_log_det = grads.pop() if job.has_log_det else None
         needs = ctx.needs_input_grad[1 : 1 + job.states]
-        replay = _Replay(ctx.autocast, job.context, context, grad_log_det)
+        replay = _Replay(ctx.autocast, job.run.exact, job.context, context, grad_log_det)
         kept = sum(trace.kept for trace in ctx.traces)
         state = saved[kept:]
         del saved[kept:]
@@ -168,7 +170,7 @@ class _ReversibleFunction(torch.autograd.Function):
                 del saved[-trace.kept :]
                 replay.differentiate(layer, trace.evaluations[0], state, grads, wanted)
             elif isinstance(layer, Coupling):
-                steps = list(zip(layer.steps(), trace.evaluations, strict=True))
+                steps = list(zip(layer.moves(), trace.evaluations, strict=True))
                 while steps:
                     step, evaluation = steps.pop()
                     needed = wanted is None or bool(steps) or wanted[1 - step.moved]
@@ -176,7 +178,7 @@ class _ReversibleFunction(torch.autograd.Function):
             else:
                 replay.reverse_layer(layer, trace.evaluations[0], state, grads, wanted)
             if trace.sample is not None:
-                errors.append(relative_error(tuple(state), trace.sample))
+                errors.append(trace.sample.error(tuple(state)))
         if errors:
             job.run.report(torch.stack(errors).amax())
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
@@ -186,9 +188,9 @@ class _ReversibleFunction(torch.autograd.Function):
 
 
 def _observed(
-    layer: nn.Module, state: State, context: Any, log_det: Tensor | None, device: torch.device
+    layer: nn.Module, state: State, context: Any, log_det: Tensor | None, device: torch.device, exact: bool
 ) -> tuple[State, Tensor | None, Evaluation]:
-    (state, log_det), evaluation = observe(layer, device, lambda: apply_layer(layer, state, context, log_det))
+    (state, log_det), evaluation = observe(layer, device, lambda: apply_layer(layer, state, context, log_det, exact))
     return state, log_det, evaluation
 
 
@@ -221,9 +223,15 @@ class _Replay:
     """Second evaluations of a run and the gradients that they give."""
 
     def __init__(
-        self, autocast: Autocast, structure: _Context, context: list[Tensor], grad_log_det: Tensor | None
+        self,
+        autocast: Autocast,
+        exact: bool,
+        structure: _Context,
+        context: list[Tensor],
+        grad_log_det: Tensor | None,
     ) -> None:
         self.autocast = autocast
+        self.exact = exact
         self.grad_log_det = grad_log_det
         self.context_aliases = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.context = structure.rebuild(self.context_aliases)
@@ -252,7 +260,7 @@ class _Replay:
                 state[moved] = step.rule.undo(state[moved], h)
             if not wanted:
                 return
-            if step.rule is ADDITION:
+            if isinstance(step.rule, Addition):
                 outputs, leaves = [(h, grad)], [x]
             else:
                 before = state[moved].detach().requires_grad_()
@@ -262,7 +270,7 @@ class _Replay:
                 del y, term
             del h
             products = self._product(outputs, leaves, aliases)
-        if step.rule is not ADDITION:
+        if not isinstance(step.rule, Addition):
             grads[moved] = products[0]
         grads[other] = _sum(products[-1], grads[other])
 
@@ -295,7 +303,7 @@ class _Replay:
             ]
             with torch.enable_grad(), evaluation.surroundings(self.autocast):
                 start = None if self.grad_log_det is None else torch.zeros_like(self.grad_log_det)
-                output, log_det = apply_layer(layer, tuple(leaves), self.context, start)
+                output, log_det = apply_layer(layer, tuple(leaves), self.context, start, self.exact)
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
             del output, log_det
             grads.clear()

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "apply_layer", "as_state", "as_stream", "invert_layer", "is_invertible"]
+from revnet.reversible.grid import to_grid
+
+__all__ = ["State", "apply_layer", "as_state", "as_stream", "invert_layer", "is_invertible", "on_grid"]
 
 State = tuple[Tensor, ...]
 
@@ -39,16 +41,25 @@ def as_stream(state: State) -> State:
     return tuple(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in state)
 
 
+def on_grid(state: State) -> State:
+    """The state rounded to the fixed-point grid of the exact mode."""
+    return tuple(to_grid(x, x.dtype) for x in state)
+
+
 def _arguments(context: Any) -> dict[str, Any]:
     return {} if context is None else {"context": context}
 
 
 def apply_layer(
-    layer: nn.Module, state: State, context: Any = None, log_det: Tensor | None = None
+    layer: nn.Module, state: State, context: Any = None, log_det: Tensor | None = None, exact: bool = False
 ) -> tuple[State, Tensor | None]:
-    """Output of `layer`, and `log_det` (None: not wanted) plus its log-determinant."""
+    """Output of `layer`, and `log_det` (None: not wanted) plus its log-determinant.
+
+    Under `exact` the output of a layer without an inverse is put on the fixed-point grid; the others stay on it.
+    """
     if log_det is None:
-        return as_stream(as_state(layer(*state, **_arguments(context)), layer)), None
+        state = as_stream(as_state(layer(*state, **_arguments(context)), layer))
+        return (state if not exact or is_invertible(layer) else on_grid(state)), None
     with_log_det = getattr(layer, "forward_and_log_det", None)
     if callable(with_log_det):
         output, term = with_log_det(*state, **_arguments(context))

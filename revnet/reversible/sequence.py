@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revnet.reversible.coupling import Coupling
 from revnet.reversible.function import Run, apply_run
+from revnet.reversible.grid import GRID, check_dtype
 from revnet.reversible.halves import Merge, Split
-from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible
+from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
 
 __all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "set_activations"]
 
 Value = Literal["store", "recompute", "reconstruct"]
 Activations = Value | Sequence[Value]
+# What `exact=None` means.
+EXACT_DEFAULT = False
 ACTIVATIONS: tuple[Value, ...] = ("store", "recompute", "reconstruct")
 
 
@@ -55,6 +59,13 @@ class ReversibleSequence(nn.ModuleList):
             recomputed under `activations="reconstruct"`.
         activations: one of the three values, or a plan: one value for each layer. A plan that asks a layer without an
             inverse to reconstruct raises ValueError.
+        exact: True keeps the state on a fixed-point grid (multiples of 2^-16 in fp32, of 2^-32 in fp64), where
+            subtraction undoes addition to the bit: gradients under "reconstruct" and "recompute" are then equal, bit
+            for bit, to those under "store" with the same flag, in fp32 and under half-precision autocast. The state is
+            rounded on entry and behind every layer without an inverse, what a branch returns before it is added; the
+            gradient passes straight through. It holds values below 256 in fp32 (2^21 in fp64); a checksum of the whole
+            state finds on the way back if any went beyond, and `reconstruction_error` is then more than 0. Additive
+            couplings only (ValueError for others), fp32 or fp64 state only (TypeError). None means False.
 
     Attributes:
         reconstruction_error: ||reconstructed - true|| / ||true|| of the last backward pass, the worst of the stretches
@@ -77,8 +88,11 @@ class ReversibleSequence(nn.ModuleList):
         True
     """
 
-    def __init__(self, layers: Iterable[nn.Module], activations: Activations = "reconstruct") -> None:
+    def __init__(
+        self, layers: Iterable[nn.Module], activations: Activations = "reconstruct", exact: bool | None = None
+    ) -> None:
         super().__init__(layers)
+        self.exact = exact
         self._errors: dict[int, Tensor] = {}
         self.activations = activations
 
@@ -121,9 +135,11 @@ class ReversibleSequence(nn.ModuleList):
             return tuple(self._activations)
         if self._activations == "store":
             return ("store",) * len(self)
+        undone: Iterable[bool] = map(is_invertible, self)
         if self._activations == "recompute":
-            return tuple("reconstruct" if isinstance(layer, Split | Merge) else "recompute" for layer in self)
-        return tuple("reconstruct" if is_invertible(layer) else "recompute" for layer in self)
+            undone = (isinstance(layer, Split | Merge) for layer in self)
+        values: dict[bool, Value] = {True: "reconstruct", False: "recompute"}
+        return tuple(values[yes] for yes in undone)
 
     def forward(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:
         """The output state for the input state: a tensor, or a pair of halves.
@@ -159,19 +175,52 @@ class ReversibleSequence(nn.ModuleList):
         torch.set_autocast_cache_enabled(False)
         try:
             state = as_stream(state)
+            exact = self._settle_exact(state)
+            if exact and is_invertible(self[0]):
+                state = on_grid(state)
             first = 0
             for layers, values in self._runs(state, context):
                 if values[0] == "store":
                     for layer in layers:
-                        state, log_det = apply_layer(layer, state, context, log_det)
+                        state, log_det = apply_layer(layer, state, context, log_det, exact)
                 else:
                     reconstruct = tuple(value == "reconstruct" for value in values)
-                    run = Run(layers, first, reconstruct, partial(self._errors.__setitem__, first))
+                    run = Run(layers, first, reconstruct, exact, partial(self._errors.__setitem__, first))
                     state, log_det = apply_run(run, state, context, log_det)
                 first += len(layers)
             return state, log_det
         finally:
             torch.set_autocast_cache_enabled(cached)
+
+    @property
+    def exact(self) -> bool | None:
+        """Whether the stream is kept on a fixed-point grid; None for the default."""
+        return self._exact
+
+    @exact.setter
+    def exact(self, exact: bool | None) -> None:
+        if exact not in (True, False, None):
+            raise ValueError(f"exact must be True, False or None (the default); got {exact!r}")
+        if exact:
+            for index, layer in enumerate(self):
+                if not _can_be_exact(layer):
+                    raise ValueError(
+                        f"exact=True: layer {index} ({type(layer).__name__}) cannot be undone to the bit: it is no "
+                        f"additive coupling, Split or Merge; use additive couplings, or exact=False"
+                    )
+        self._exact = exact
+
+    def _settle_exact(self, state: State) -> bool:
+        exact = EXACT_DEFAULT and all(map(_can_be_exact, self)) and all(x.dtype in GRID for x in state)
+        if self._exact is not None:
+            exact = self._exact
+        if exact:
+            for x in state:
+                check_dtype(x)
+        for layer in self:
+            if isinstance(layer, Coupling):
+                layer.exact = exact
+        return exact
 
     def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[Value, ...]]]:
         """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function)."""
@@ -193,7 +242,13 @@ class ReversibleSequence(nn.ModuleList):
     __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
-        return f"activations={self._activations!r}"
+        return f"activations={self._activations!r}, exact={self._exact}"
+
+
+def _can_be_exact(layer: nn.Module) -> bool:
+    if isinstance(layer, Coupling):
+        return layer.is_additive()
+    return isinstance(layer, Split | Merge) or not is_invertible(layer)
 
 
 def _unwrap(state: State) -> Any:

@@ -1,0 +1,44 @@
+"""The fixed-point grid on which subtraction undoes addition to the bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["GRID", "checksum", "check_dtype", "range_of", "to_grid"]
+
+# Exponent of the grid's step, 2 ** -GRID. A float of p bits holds the multiples of it below 2 ** (p - GRID) exactly.
+GRID = {torch.float32: 16, torch.float64: 32}
+_BITS = {torch.float32: 24, torch.float64: 53}
+_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def range_of(dtype: torch.dtype) -> float:
+    """The bound below which the stream must stay: 256 in fp32 (step 2^-16), 2^21 in fp64 (step 2^-32)."""
+    return 2.0 ** (_BITS[dtype] - GRID[dtype])
+
+
+def check_dtype(x: Tensor) -> None:
+    """Raises TypeError for a stream that the grid cannot hold."""
+    if x.dtype not in GRID:
+        raise TypeError(
+            f"exact=True needs a residual stream of float32 or float64, got {x.dtype}: half precision has no digits to "
+            f"spare for a grid; run the branches in half precision by torch.autocast instead"
+        )
+
+
+def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """`h` as a tensor of `dtype`, rounded to a multiple of the grid's step; its gradient passes straight through.
+
+    Adding and taking away 1.5 * 2 ** (p - 1 - GRID) leaves no bits for anything finer than the step. It is two
+    additions of a constant, so autograd's own derivative of it is the identity. Where |h| is beyond a quarter of the
+    range the rounding is coarser, yet the result is still on the grid.
+    """
+    shift = 1.5 * 2.0 ** (_BITS[dtype] - 1 - GRID[dtype])
+    return (h.to(dtype) + shift).sub_(shift)
+
+
+def checksum(state: tuple[Tensor, ...]) -> Tensor:
+    """The sum of all bits of the state as integers that wrap around: equal states have equal sums in any layout."""
+    sums = [x.detach().view(_INTEGER[x.dtype]).sum(dtype=_INTEGER[x.dtype]) for x in state]
+    return torch.stack(sums)
