@@ -4,6 +4,7 @@ from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Couplin
 from revnet.reversible.evaluation import is_recomputing
 from revnet.reversible.halves import Merge, Split, split_halves
 from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence, set_activations
+from revnet.reversible.watch import ReconstructionError, ReconstructionWarning, Watch
 
 __all__ = [
     "ACTIVATIONS",
@@ -12,10 +13,13 @@ __all__ = [
     "AffineCoupling",
     "Coupling",
     "Merge",
+    "ReconstructionError",
+    "ReconstructionWarning",
     "ReversibleBlock",
     "ReversibleSequence",
     "Split",
     "Step",
+    "Watch",
     "is_recomputing",
     "set_activations",
     "split_halves",

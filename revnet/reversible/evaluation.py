@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -96,10 +96,10 @@ def _random_replayed(states: tuple[Tensor, ...] | None, device: torch.device) ->
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What it takes to evaluate `module` a second time exactly as the first.
+    """What it takes to evaluate a branch or layer a second time exactly as the first.
 
     Attributes:
-        module: the branch or layer that was evaluated.
+        owners: the modules of the branch or layer that hold parameters or buffers.
         parameters: every place that held a parameter, with the tensor it held at the time; under
             `torch.func.functional_call` that is not the one the module holds later.
         buffers: values before the first evaluation of the buffers that it changed and that its result may depend on.
@@ -107,7 +107,7 @@ class Evaluation:
         device: where it ran.
     """
 
-    module: nn.Module
+    owners: tuple[nn.Module, ...]
     parameters: tuple[Slot, ...]
     buffers: tuple[Slot, ...]
     random: tuple[Tensor, ...] | None
@@ -132,7 +132,7 @@ class Evaluation:
                 restore.append((owner._parameters, name, owner._parameters[name]))
                 owner._parameters[name] = aliases[id(parameter)]  # type: ignore[assignment]
             earlier = {(id(owner), name): value for owner, name, value in self.buffers}
-            for owner in self.module.modules():
+            for owner in self.owners:
                 for name, value in owner._buffers.items():
                     if value is not None:
                         restore.append((owner._buffers, name, value))
@@ -150,14 +150,14 @@ class Evaluation:
             yield
 
 
-def _stateful_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor, int]]:
+def _stateful_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor, int]]:
     """Copies of the buffers whose value could enter the result and change with it: all but running statistics.
 
     Normalisation in training mode writes its running statistics and never reads them (nor bumps their version), so
     nothing needs to be kept for it.
     """
     found = []
-    for owner in module.modules():
+    for owner in owners:
         if owner._buffers and not isinstance(owner, _NormBase):
             for name, value in owner._buffers.items():
                 if value is not None and owner.training:
@@ -168,9 +168,10 @@ def _stateful_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, T
 def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -> tuple[T, Evaluation]:
     """Runs `compute`, the first evaluation of `module`, and notes what a second one needs."""
     tape, _local.tape = _local.tape, None
+    owners = tuple(m for m in module.modules() if m._parameters or m._buffers)
     try:
         before = _random_states(device)
-        buffers = _stateful_buffers(module)
+        buffers = _stateful_buffers(owners)
         result = compute()
         after = _random_states(device)
     finally:
@@ -181,8 +182,8 @@ def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -
         for owner, name, value, copy, version in buffers
         if owner._buffers[name] is not value or value._version != version
     )
-    slots = tuple((m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None)
-    return result, Evaluation(module, slots, changed, before if drew else None, device)
+    slots = tuple((m, n, p) for m in owners for n, p in m._parameters.items() if p is not None)
+    return result, Evaluation(owners, slots, changed, before if drew else None, device)
 
 
 def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:

@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revnet.reversible.coupling import Coupling
+from revnet.reversible.evaluation import Autocast
 from revnet.reversible.function import Run, apply_run
 from revnet.reversible.grid import GRID, check_dtype
 from revnet.reversible.halves import Merge, Split
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
+from revnet.reversible.watch import Watch
 
 __all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "set_activations"]
 
-Value = Literal["store", "recompute", "reconstruct"]
-Activations = Value | Sequence[Value]
+Activations = str | Sequence[str]
 # What `exact=None` means.
 EXACT_DEFAULT = False
-ACTIVATIONS: tuple[Value, ...] = ("store", "recompute", "reconstruct")
+ACTIVATIONS = ("store", "recompute", "reconstruct")
 
 
-def _checked(value: Any) -> Value:
+def _checked(value: Any) -> str:
     if value not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(map(repr, ACTIVATIONS))}; got {value!r}")
     return value
@@ -71,6 +72,7 @@ class ReversibleSequence(nn.ModuleList):
         reconstruction_error: ||reconstructed - true|| / ||true|| of the last backward pass, the worst of the stretches
             of reconstructed layers, measured on a sample of their input that covers every channel; a 0-dim tensor on
             the device, or None where nothing has been reconstructed yet.
+        watch: the thresholds of that error, `watch.warn_above` and `watch.raise_above`; see `Watch`.
 
     Memory under "reconstruct" is the sequence's output and the activations of one branch, whatever the depth. Use
     "store" where memory is not short: it is the fastest. Under "recompute" and "reconstruct" the graph is
@@ -94,6 +96,7 @@ class ReversibleSequence(nn.ModuleList):
         super().__init__(layers)
         self.exact = exact
         self._errors: dict[int, Tensor] = {}
+        self.watch = Watch()
         self.activations = activations
 
     @property
@@ -124,7 +127,7 @@ class ReversibleSequence(nn.ModuleList):
     def reconstruction_error(self) -> Tensor | None:
         return torch.stack(list(self._errors.values())).amax() if self._errors else None
 
-    def plan(self) -> tuple[Value, ...]:
+    def plan(self) -> tuple[str, ...]:
         """What is done for each layer.
 
         A plan is followed to the letter. Under a single value layers without an inverse are recomputed instead of
@@ -138,8 +141,7 @@ class ReversibleSequence(nn.ModuleList):
         undone: Iterable[bool] = map(is_invertible, self)
         if self._activations == "recompute":
             undone = (isinstance(layer, Split | Merge) for layer in self)
-        values: dict[bool, Value] = {True: "reconstruct", False: "recompute"}
-        return tuple(values[yes] for yes in undone)
+        return tuple("reconstruct" if yes else "recompute" for yes in undone)
 
     def forward(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:
         """The output state for the input state: a tensor, or a pair of halves.
@@ -176,6 +178,7 @@ class ReversibleSequence(nn.ModuleList):
         try:
             state = as_stream(state)
             exact = self._settle_exact(state)
+            autocast = Autocast.current(state[0].device).enabled
             if exact and is_invertible(self[0]):
                 state = on_grid(state)
             first = 0
@@ -185,7 +188,7 @@ class ReversibleSequence(nn.ModuleList):
                         state, log_det = apply_layer(layer, state, context, log_det, exact)
                 else:
                     reconstruct = tuple(value == "reconstruct" for value in values)
-                    run = Run(layers, first, reconstruct, exact, partial(self._errors.__setitem__, first))
+                    run = Run(layers, first, reconstruct, exact, partial(self._report, first, autocast, exact))
                     state, log_det = apply_run(run, state, context, log_det)
                 first += len(layers)
             return state, log_det
@@ -210,6 +213,10 @@ class ReversibleSequence(nn.ModuleList):
                     )
         self._exact = exact
 
+    def _report(self, first: int, autocast: bool, exact: bool, error: Tensor) -> None:
+        self._errors[first] = error
+        self.watch.see(error, autocast, exact)
+
     def _settle_exact(self, state: State) -> bool:
         exact = EXACT_DEFAULT and all(map(_can_be_exact, self)) and all(x.dtype in GRID for x in state)
         if self._exact is not None:
@@ -222,13 +229,14 @@ class ReversibleSequence(nn.ModuleList):
                 layer.exact = exact
         return exact
 
-    def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[Value, ...]]]:
+    def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[str, ...]]]:
         """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function)."""
         plan = list(self.plan())
         if not torch.is_grad_enabled() or _ordinary_only():
             plan = ["store"] * len(plan)
         else:
             self._errors.clear()
+            self.watch.judge_arrived()
             if not any(x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)):
                 # Frozen layers ahead of the first trainable one have no backward pass, so nothing is kept for them.
                 trainable = (any(p.requires_grad for p in layer.parameters()) for layer in self)

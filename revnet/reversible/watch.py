@@ -1,0 +1,87 @@
+"""Judges the reconstruction error of every backward pass: silence, a warning or an error."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["ReconstructionError", "ReconstructionWarning", "Watch"]
+
+REMEDY = (
+    'exact=True keeps additive couplings free of it; activations="recompute" or "store" does not reconstruct; full '
+    "precision, normalised branches and fewer layers in one stretch reduce it"
+)
+
+
+class ReconstructionWarning(UserWarning):
+    """Reconstructed activations have drifted from the true ones: gradients begin to be inaccurate."""
+
+
+class ReconstructionError(RuntimeError):
+    """Reconstructed activations are so far from the true ones, or not finite, that the gradients are worthless."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """Compares the errors of one sequence with thresholds, without making the program wait for the device.
+
+    On a CPU an error is judged within the backward pass that it belongs to, so that a step with worthless gradients is
+    never applied. On an accelerator it is copied in the background and judged as soon as it has arrived, at the latest
+    within the next forward pass but one: waiting for it would cost more than the reconstruction.
+
+    Attributes:
+        warn_above: relative error above which to warn; None: 1e-3, under autocast 5e-2, in exact mode 0.
+        raise_above: relative error above which to raise, as for one that is not finite; None: 1e-1. `math.inf` never
+            raises.
+    """
+
+    warn_above: float | None = None
+    raise_above: float | None = None
+    _pending: deque[tuple[Tensor, torch.Event, float]] = field(default_factory=deque)
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[float | None, float | None]]:
+        """Copies keep the thresholds; what is on its way from the device stays with the original."""
+        return Watch, (self.warn_above, self.raise_above)
+
+    def see(self, error: Tensor, autocast: bool, exact: bool) -> None:
+        """Takes the error of one backward pass."""
+        warn_above = self.warn_above
+        if warn_above is None:
+            warn_above = 0.0 if exact else 5e-2 if autocast else 1e-3
+        if error.device.type == "meta" or isinstance(error, FakeTensor):
+            return  # nothing was computed
+        if error.device.type == "cpu":
+            self._judge(float(error), warn_above)
+            return
+        on_host = torch.empty_like(error, device="cpu", pin_memory=True).copy_(error, non_blocking=True)
+        arrived = torch.Event(error.device.type)
+        arrived.record()
+        self._pending.append((on_host, arrived, warn_above))
+
+    def judge_arrived(self) -> None:
+        """Judges the errors that have arrived from the device."""
+        while self._pending and (self._pending[0][1].query() or len(self._pending) > 1):
+            on_host, arrived, warn_above = self._pending.popleft()
+            arrived.synchronize()
+            self._judge(float(on_host), warn_above)
+
+    def _judge(self, error: float, warn_above: float) -> None:
+        raise_above = 1e-1 if self.raise_above is None else self.raise_above
+        if error > raise_above or (not math.isfinite(error) and raise_above < math.inf):
+            raise ReconstructionError(
+                f"the reconstructed input of a reversible sequence is {error:.1e} off the true one (relative), beyond "
+                f"the threshold of {raise_above:.1e}: its gradients are worthless. {REMEDY}"
+            )
+        if not error <= warn_above:
+            warnings.warn(
+                f"the reconstructed input of a reversible sequence is {error:.1e} off the true one (relative), beyond "
+                f"the threshold of {warn_above:.1e}: its gradients are inaccurate. {REMEDY}",
+                ReconstructionWarning,
+                stacklevel=2,
+            )
