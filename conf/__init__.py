@@ -1,0 +1,1 @@
+"""The configuration groups of the commands, which Hydra reads as `pkg://revnet.conf`."""
