@@ -1,0 +1,190 @@
+"""What all data modules have in common: splits, loaders, normalisation and augmentation."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from revnet.data.augment import cutout, random_crop, random_flip
+from revnet.data.datasets import Batch, FileImages, TensorImages, whole_batch
+from revnet.data.normalize import Normalize
+from revnet.data.split import stratified_split
+
+__all__ = ["ImageDataModule"]
+
+Images = TensorImages | FileImages
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Loaders of labelled images for training, validation and test; a subclass says in `load` where they come from.
+
+    A loader hands out bytes. On the device that a batch has been moved to it is normalised and, in training, augmented:
+    shifted, mirrored, partly erased. Validation and test images are never augmented. The validation split is cut from
+    the training images, so that the test images choose nothing.
+
+    Args:
+        image_shape: (channels, height, width).
+        classes: how many the data has.
+        num_classes: how many the caller expects; None for as many as there are.
+        batch_size: images in a batch, on each device.
+        num_workers: processes that load. None: none for images in memory, else one for each processor.
+        val_fraction: share of the training images to validate on, the same of every class; 0 for no validation.
+        split_seed: chooses the validation images; nothing else does.
+        normalization: "mean_std", "mean_image", "symmetric" or "imagenet", see `Normalize.named`. The first two are
+            measured on the training split.
+        padding: pixels by which a training image is shifted at most, see `random_crop`.
+        flip: mirror training images at random.
+        cutout: side in pixels of the square erased from every training image; 0 for none.
+
+    Attributes:
+        image_shape, num_classes: of the data; known from the start.
+        splits: the data sets "train", "test" and, if there is validation, "val", after `setup`.
+
+    Example:
+        >>> from revnet.data import Digits
+        >>> data = Digits(batch_size=100)
+        >>> data.setup()
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.dtype, data.preprocess(images, training=True).shape
+        (torch.uint8, torch.Size([100, 3, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        classes: int,
+        *,
+        num_classes: int | None = None,
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        normalization: str = "mean_std",
+        padding: int = 4,
+        flip: bool = True,
+        cutout: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_classes not in (None, classes):
+            raise ValueError(
+                f"data has {classes} classes, num_classes={num_classes}: leave num_classes out or choose other data"
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: give a whole number of images, at least 1")
+        if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 0):
+            raise ValueError(f"num_workers={num_workers}: give a whole number of processes, 0 for none")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction}: give a share from 0 (no validation) to less than 1")
+        if normalization not in Normalize.NAMES:
+            raise ValueError(f"normalization={normalization!r}: valid are {', '.join(Normalize.NAMES)}")
+        if normalization == "imagenet" and image_shape[0] != 3:
+            raise ValueError(
+                f"normalization='imagenet' is for 3 channels, the images have {image_shape[0]}: use mean_std"
+            )
+        for name, pixels in {"padding": padding, "cutout": cutout}.items():
+            if not isinstance(pixels, int) or pixels < 0:
+                raise ValueError(f"{name}={pixels}: give a whole number of pixels, 0 for none")
+        self.image_shape = image_shape
+        self.num_classes = classes
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.normalization = normalization
+        self.padding = padding
+        self.flip = flip
+        self.cutout = cutout
+        self.splits: dict[str, Images | Subset[Batch]] = {}
+
+    def load(self) -> tuple[Images, Images | None, Images]:
+        """Return the images to train on, to validate on (None: to be cut from the former) and to test on."""
+        raise NotImplementedError
+
+    def vary(self, images: Images) -> Images:
+        """Return the training images as training reads them, if it reads them in a way of its own."""
+        return images
+
+    def workers(self, images: Images) -> int:
+        """Return how many processes load these images: by default a device's share of the processors, 16 at most."""
+        if self.num_workers is not None:
+            return self.num_workers
+        if isinstance(images, TensorImages):
+            return 0
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(16, max(1, processors // (self.trainer.num_devices if self.trainer else 1)))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, split and measure, once for all stages."""
+        if self.splits:
+            return
+        train, val, test = self.load()
+        self.num_workers = self.workers(train)
+        kept = list(range(len(train)))
+        splits: dict[str, Images | Subset[Batch]] = {"test": test}
+        if val is not None:
+            splits["val"] = val
+        elif self.val_fraction > 0:
+            kept, rest = stratified_split(train.labels, self.val_fraction, self.split_seed)
+            splits["val"] = Subset(train, rest)
+        splits["train"] = Subset(self.vary(train), kept)
+        # To measure files is to decode them: a few thousand of them, evenly spaced, will do.
+        sample = kept if isinstance(train, TensorImages) else kept[:: max(1, len(kept) // 2048)]
+        loader = DataLoader(Subset(train, sample), 256, num_workers=self.num_workers, collate_fn=whole_batch)
+        self.normalize = Normalize.named(self.normalization, (images for images, _ in loader))
+        self.splits = splits
+
+    def preprocess(self, images: Tensor, training: bool) -> Tensor:
+        """Turn bytes into the input of a network: normalised and, for training, augmented.
+
+        Args:
+            images: a batch from a loader of this module, (batch, channels, height, width), on any device.
+            training: whether to augment.
+        """
+        images = self.normalize.to(images.device)(images)
+        if training and self.padding:
+            images = random_crop(images, self.padding)
+        if training and self.flip:
+            images = random_flip(images)
+        if training and self.cutout:
+            images = cutout(images, self.cutout)
+        return images
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Preprocess a batch on its device, in the trainer's precision."""
+        images, labels = batch
+        assert self.trainer is not None
+        images = self.preprocess(images, training=self.trainer.training)
+        return self.trainer.precision_plugin.convert_input(images), labels
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the training images in random order; what is left over for an incomplete batch is dropped."""
+        images = len(self.splits["train"]) // (self.trainer.world_size if self.trainer else 1)
+        if images < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is more than the {images} training images: give {images} or less"
+            )
+        return self._loader("train", shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list:
+        """Return the validation images in their order; no loader if there are none."""
+        return self._loader("val") if "val" in self.splits else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the test images in their order."""
+        return self._loader("test")
+
+    def _loader(self, split: str, **options: Any) -> DataLoader[Batch]:
+        workers = self.num_workers or 0
+        return DataLoader(
+            self.splits[split],
+            self.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=whole_batch,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            **options,
+        )

@@ -1,0 +1,179 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from revnet.data import Digits, Fake, ImageDataModule
+
+# Without a validation split Lightning says that it has nothing to validate on.
+NO_VALIDATION = "ignore:Total length of `list` across ranks is zero"
+
+
+class Linear(pl.LightningModule):
+    """The simplest classifier; it keeps what it is fed."""
+
+    def __init__(self, data: ImageDataModule) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Flatten(), nn.LazyLinear(data.num_classes))
+        self.network(torch.zeros(1, *data.image_shape))
+        self.fed: dict[str, list[torch.Tensor]] = {"train": [], "val": [], "test": []}
+        self.losses: list[float] = []
+
+    def step(self, split: str, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        images, labels = batch
+        self.fed[split].append(images)
+        return nn.functional.cross_entropy(self.network(images).float(), labels)
+
+    def training_step(self, batch, index):
+        loss = self.step("train", batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, index):
+        self.step("val", batch)
+
+    def test_step(self, batch, index):
+        self.step("test", batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def make_trainer(tmp_path, **options) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def epoch(data: ImageDataModule, split: str, training: bool = False) -> torch.Tensor:
+    loader = getattr(data, f"{split}_dataloader")()
+    return torch.cat([data.preprocess(images, training) for images, _ in loader])
+
+
+def test_one_step_of_a_real_trainer(tmp_path):
+    data = Digits(batch_size=50, cutout=2)
+    model = Linear(data)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(model, datamodule=data)
+    trainer.test(model, datamodule=data, verbose=False)
+    (trained,) = model.fed["train"]
+    assert trained.shape == (50, 3, 8, 8)
+    assert trained.dtype == torch.float32
+    assert sum(map(len, model.fed["test"])) == 359
+    # Only what is trained on has the zeros of padding and cutout, which no normalised pixel has.
+    assert (trained == 0).any()
+    # The sanity check of validation and the validation itself get the same images.
+    assert not any((images == 0).any() for images in model.fed["val"] + model.fed["test"])
+    assert torch.equal(model.fed["val"][0], epoch(data, "val")[:50])
+
+
+def test_a_trainer_learns_from_fake_images(tmp_path):
+    data = Fake(image_shape=(3, 8, 8), num_classes=4, batch_size=64, seed=1)
+    model = Linear(data)
+    make_trainer(tmp_path, max_epochs=5).fit(model, datamodule=data)
+    assert model.losses[0] > 1
+    assert model.losses[-1] < 0.5 * model.losses[0]
+
+
+def test_the_precision_is_that_of_the_trainer(tmp_path):
+    data = Fake(image_shape=(3, 4, 4), batch_size=16)
+    model = Linear(data)
+    make_trainer(tmp_path, max_steps=1, precision="bf16-true").fit(model, datamodule=data)
+    assert model.fed["train"][0].dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION)
+def test_all_images_train_without_a_validation_split(tmp_path):
+    data = Fake(image_shape=(3, 4, 4), train_size=96, batch_size=32, val_fraction=0)
+    model = Linear(data)
+    make_trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
+    assert sum(map(len, model.fed["train"])) == 96
+    assert model.fed["val"] == []
+    assert data.val_dataloader() == []
+
+
+def test_validation_and_test_images_are_never_augmented():
+    data = Digits(flip=True, padding=2, cutout=3, batch_size=100)
+    data.setup()
+    for split in ("val", "test"):
+        assert torch.equal(epoch(data, split), epoch(data, split))
+    images, _ = next(iter(data.train_dataloader()))
+    assert not torch.equal(data.preprocess(images, True), data.preprocess(images, True))
+    assert torch.equal(data.preprocess(images, False), data.preprocess(images, False))
+
+
+def test_splits_are_disjoint_and_the_same_in_every_instance():
+    one, other, third = Digits(), Digits(batch_size=7), Digits(split_seed=1)
+    for seed, data in enumerate((one, other, third)):
+        torch.manual_seed(seed)
+        data.setup()
+    assert one.splits["val"].indices == other.splits["val"].indices != third.splits["val"].indices
+    assert not set(one.splits["train"].indices) & set(one.splits["val"].indices)
+    assert torch.equal(one.splits["test"].images, third.splits["test"].images)
+
+
+def test_normalisation_is_measured_on_the_training_split_alone():
+    data = Fake(image_shape=(3, 4, 4), val_fraction=0.5, normalization="mean_image")
+    data.setup()
+    train = data.splits["train"]
+    images, _ = train[train.indices.index(0)], None
+    kept = train.dataset.images[train.indices].float()
+    torch.testing.assert_close(data.preprocess(train.dataset.images[:1], False)[0], images[0] - kept.mean(dim=0))
+
+
+def test_training_is_shuffled_by_the_global_seed_and_drops_the_rest():
+    data = Fake(image_shape=(1, 2, 2), batch_size=100, train_size=250, val_fraction=0)
+    data.setup()
+    orders = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        orders.append([epoch(data, "train", training=True)])
+    assert len(orders[0][0]) == 200
+    assert torch.equal(orders[0][0], orders[1][0])
+    assert not torch.equal(orders[0][0], orders[2][0])
+
+
+def test_images_in_memory_need_no_worker_but_can_have_some():
+    data = Fake(image_shape=(3, 4, 4))
+    data.setup()
+    assert data.train_dataloader().num_workers == 0
+    data = Fake(image_shape=(3, 4, 4), num_workers=1)
+    data.setup()
+    assert data.val_dataloader().num_workers == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 7}, "data has 10 classes, num_classes=7: leave num_classes out"),
+        ({"batch_size": 0}, "batch_size=0: give"),
+        ({"batch_size": 2.5}, "batch_size=2.5: give"),
+        ({"num_workers": -1}, "num_workers=-1: give"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0: give"),
+        ({"val_fraction": -0.1}, "val_fraction=-0.1: give"),
+        ({"padding": -1}, "padding=-1: give"),
+        ({"cutout": -2}, "cutout=-2: give"),
+        ({"normalization": "mean"}, "normalization='mean': valid are mean_std, mean_image, symmetric, imagenet"),
+    ],
+)
+def test_an_odd_argument_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Digits(**options)
+
+
+def test_a_batch_of_more_than_all_images_is_refused():
+    data = Fake(train_size=100, batch_size=91)
+    data.setup()
+    with pytest.raises(ValueError, match="batch_size=91 is more than the 90 training images"):
+        data.train_dataloader()
+
+
+def test_the_normalisation_of_colours_needs_three_channels():
+    with pytest.raises(ValueError, match="normalization='imagenet' is for 3 channels, the images have 1"):
+        Fake(image_shape=(1, 4, 4), normalization="imagenet")
