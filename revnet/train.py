@@ -1,0 +1,117 @@
+"""The command `revnet-train`: train a network, test it, print a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from revnet.cli import command
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
+    from pytorch_lightning import LightningDataModule
+
+    from revnet.training import Classifier
+
+__all__ = ["build", "train", "main"]
+
+
+def build(cfg: DictConfig) -> tuple[LightningDataModule, Classifier]:
+    """Make the data module and the classifier of a configuration.
+
+    Args:
+        cfg: with the nodes `model`, `data`, `classifier`, and, to be trained, `optimizer` and `scheduler`.
+            `model.num_classes` becomes the data's where it is null.
+
+    Raises:
+        ValueError: if `model.num_classes` contradicts the data.
+    """
+    data = instantiate(cfg.data, _convert_="all")
+    if cfg.model.num_classes is None:
+        cfg.model.num_classes = data.num_classes
+    if cfg.model.num_classes != data.num_classes:
+        raise ValueError(
+            f"model.num_classes={cfg.model.num_classes}, but the data has {data.num_classes} classes: "
+            "leave model.num_classes out, or choose other data"
+        )
+    classifier = instantiate(
+        cfg.classifier,
+        network=instantiate(cfg.model, _convert_="all"),
+        optimizer=instantiate(cfg.get("optimizer"), _convert_="all"),
+        scheduler=instantiate(cfg.get("scheduler"), _convert_="all"),
+    )
+    classifier.config = OmegaConf.to_container(cfg, resolve=True)
+    return data, classifier
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train, test and print a summary.
+
+    The test uses the weights that were best on the validation split, the last ones where there is none.
+
+    Args:
+        cfg: the configuration `train`, from the command line or `revnet.cli.compose`; files go to `cfg.run_dir`.
+
+    Returns:
+        Every metric of the last epoch and of the test, by name.
+
+    Raises:
+        ValueError: if the parts of the configuration do not go together, or `cfg.ckpt_path` is of other parts.
+    """
+    import pytorch_lightning as pl
+
+    from revnet.training import TrainingMonitor, environment, load_weights, print_summary, read_checkpoint
+
+    if not isinstance(cfg.seed, int):
+        raise ValueError(f"seed={cfg.seed}: not an integer")
+    pl.seed_everything(cfg.seed, workers=True)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    data, classifier = build(cfg)
+    if cfg.ckpt_path is not None:
+        load_weights(classifier, read_checkpoint(cfg.ckpt_path), cfg.ckpt_path)
+    callbacks = [instantiate(node) for node in cfg.callbacks.values() if node is not None]
+    trainer = instantiate(
+        cfg.trainer,
+        _convert_="all",
+        callbacks=callbacks,
+        logger=[instantiate(node) for node in cfg.logger.values()],
+        default_root_dir=cfg.run_dir,
+    )
+    record = Path(cfg.run_dir, "environment.json")
+    if trainer.is_global_zero and not record.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(environment(), indent=2) + "\n")
+
+    trainer.fit(classifier, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    epochs = trainer.current_epoch
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    trainer.test(classifier, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        monitor = next((callback for callback in callbacks if isinstance(callback, TrainingMonitor)), None)
+        files = {"tested weights": best or "the last ones", "run directory": cfg.run_dir}
+        print_summary(cfg.name, classifier, metrics, epochs, monitor, files)
+    return metrics
+
+
+@command("train")
+def main(cfg: DictConfig) -> float | None:
+    """Train as the command line says, and give a sweeper its metric."""
+    cfg.run_dir = HydraConfig.get().runtime.output_dir
+    metrics = train(cfg)
+    if cfg.optimized_metric is None:
+        return None
+    if cfg.optimized_metric not in metrics:
+        raise ValueError(f"optimized_metric={cfg.optimized_metric}: there are {', '.join(sorted(metrics))}")
+    return metrics[cfg.optimized_metric]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The table that ends a training or an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import rich
+from rich.table import Table
+
+from revnet.training.classifier import Classifier
+from revnet.training.monitor import TrainingMonitor
+
+__all__ = ["print_summary"]
+
+
+def print_summary(
+    title: str,
+    classifier: Classifier,
+    metrics: Mapping[str, float],
+    epochs: int | None = None,
+    monitor: TrainingMonitor | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Print what a reader wants to know first.
+
+    Args:
+        title: what was trained, on what.
+        classifier: the classifier, for the number of its parameters.
+        metrics: values of `{test,val,train}/accuracy` and `.../loss`; splits that are not there are left out.
+        epochs: how many were trained; None leaves them out.
+        monitor: of the training; None leaves speed and memory out.
+        files: names and paths to end with.
+    """
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("parameters", f"{sum(p.numel() for p in classifier.network.parameters()):,}")
+    for split in ("test", "val", "train"):
+        if f"{split}/accuracy" in metrics:
+            table.add_row(f"{split} accuracy", f"{100 * metrics[f'{split}/accuracy']:.2f} %")
+            table.add_row(f"{split} loss", f"{metrics[f'{split}/loss']:.4f}")
+    if epochs is not None:
+        table.add_row("epochs", str(epochs))
+    if monitor is not None:
+        memory = "device" if classifier.device.type == "cuda" else "process"
+        table.add_row("seconds per epoch", f"{monitor.seconds_per_epoch:.2f}")
+        table.add_row("images per second", f"{monitor.images_per_second:,.0f}")
+        table.add_row(f"peak memory of the {memory}", f"{monitor.peak_memory_mib:,.0f} MiB")
+        if monitor.reconstruction_error is not None:
+            table.add_row("largest reconstruction error", f"{monitor.reconstruction_error:.1e}")
+    for name, path in (files or {}).items():
+        table.add_row(name, path)
+    rich.print(table)

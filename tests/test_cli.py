@@ -1,0 +1,242 @@
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning  # noqa: F401  (before a command takes its loggers over)
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader, Dataset
+
+from revnet.cli import command, compose, mistake
+from revnet.reversible import split_halves
+from revnet.training import read_checkpoint
+from tests.commands import invoke
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def raised(function: Callable[..., Any], *args: Any) -> BaseException:
+    with pytest.raises(Exception) as info:  # noqa: PT011
+        function(*args)
+    return info.value
+
+
+def split_three_channels(*_: Any) -> Any:
+    return split_halves(torch.zeros(1, 3))
+
+
+def split_a_number(*_: Any) -> Any:
+    return split_halves(3)  # type: ignore[arg-type]
+
+
+def convert_text(*_: Any) -> Any:
+    return int("three")
+
+
+class InWorker(Dataset):
+    """Calls a function in the worker of a data loader."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function()
+
+
+def test_what_the_package_refuses_is_a_mistake() -> None:
+    assert mistake(raised(read_checkpoint, "nowhere.ckpt")) == "ckpt_path=nowhere.ckpt: no such file"
+    assert str(mistake(raised(split_three_channels))).startswith("cannot split 3 channels")
+
+
+@pytest.mark.parametrize("function", [split_a_number, convert_text, lambda: {}["key"], lambda: 1 / 0])
+def test_an_error_of_the_program_is_none(function: Callable[[], Any]) -> None:
+    """Be it raised outside the package, or within it but by no `raise` statement."""
+    assert mistake(raised(function)) is None
+
+
+def test_a_mistake_is_known_in_a_worker_of_a_data_loader() -> None:
+    def first(function: Callable[[], Any]) -> BaseException:
+        return raised(next, iter(DataLoader(InWorker(function), num_workers=1, multiprocessing_context="fork")))
+
+    assert str(mistake(first(split_three_channels))).startswith("cannot split 3 channels")
+    assert mistake(first(convert_text)) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"_target_": "revnet.training.read_checkpoint", "path": "a.ckpt"}, "ckpt_path=a.ckpt: no such file"),
+        ({"_target_": "torch.nn.Linear", "width": 3}, r"torch.nn.*Linear: .* unexpected keyword argument 'width'"),
+        ({"_target_": "torch.nn.Linaer"}, r"torch.nn.Linaer: .*"),
+        ({"_target_": "pytorch_lightning.Trainer", "accelerator": "abacus"}, r".*abacus.*"),
+        ({"_target_": "pytorch_lightning.Trainer", "precision": "3"}, r".*Precision '3' is invalid.*"),
+        ({"inner": {"_target_": "torch.nn.Linear", "width": 3}}, r"inner: .* unexpected keyword argument 'width'"),
+        ({"_target_": "builtins.open", "file": "nowhere"}, r".*No such file or directory: 'nowhere'"),
+        ({"_target_": "tests.test_cli.divide"}, None),
+    ],
+)
+def test_a_mistake_is_known_in_what_hydra_instantiates(config: dict[str, Any], line: str | None) -> None:
+    found = mistake(raised(instantiate, OmegaConf.create(config)))
+    assert (found is None) if line is None else re.fullmatch(line, str(found))
+
+
+def divide() -> float:
+    return 1 / 0
+
+
+def test_compose_resolves_everything() -> None:
+    cfg = compose("train", "model=resnet32", "optimizer.lr=0.5", "run_dir=here")
+    assert "hydra" not in cfg
+    assert cfg.callbacks.best.dirpath == "here/checkpoints"
+    assert cfg.name == "resnet32_digits"
+    assert cfg.optimizer.lr == 0.5
+
+
+def lines(text: str) -> list[str]:
+    return text.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["model=revnet83"], r"unknown model 'revnet83'; did you mean 'revnet38'\? valid: .*, resnet32, .*, revnet56"),
+        (["data=sifar10"], r"unknown data 'sifar10'; did you mean 'cifar10'\? valid: .*digits.*"),
+        (["experiment=digits"], r"unknown experiment 'digits'; .*valid: .*, digits_quickstart, .*"),
+        (["trainer=quantum"], r"unknown trainer 'quantum'; valid: auto, cpu, ddp, gpu"),
+        (["modle=revnet38"], r"unknown key 'modle'; did you mean 'model'\? .*, run_dir, .*"),
+        (["experimant=x"], r"unknown key 'experimant'; did you mean 'experiment'\? .*"),
+        (["modle.activations=store"], r"unknown key 'modle'; did you mean 'model'\? .*"),
+        (["optimizer.learning_rate=1"], r"unknown key 'optimizer.learning_rate'; valid: lr, momentum, .*"),
+        (["model.activation=store"], r"unknown key 'model.activation'; did you mean 'activations'\? .*"),
+        (["optimizer.lr={"], r"cannot read 'optimizer.lr={': .*"),
+        (["model=revnet38,resnet32"], r".*Ambiguous value .*--multirun.*"),
+        (["--config-dir", "nowhere", "seed=1"], r".*nowhere' not found"),
+        (["-m", "model=revnet38,revnet83"], r"unknown model 'revnet83'; .*"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_line(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    main = command("train")(lambda cfg: pytest.fail("the job was started"))
+    assert invoke(main, *arguments) == 2
+    (only,) = lines(capsys.readouterr().err)
+    assert re.fullmatch("revnet-train: " + line, only)
+    if arguments[0] != "-m":
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_in_the_job_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert invoke(command("train")(split_three_channels)) == 1
+    (only,) = lines(capsys.readouterr().err)
+    assert only.startswith("revnet-train: cannot split 3 channels")
+
+
+def test_an_error_in_the_job_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        invoke(command("train")(lambda cfg: 1 / 0))
+
+
+def test_every_traceback_comes_back_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="cannot split 3 channels"):
+        invoke(command("train")(split_three_channels))
+
+
+def test_the_switch_of_tracebacks_is_left_as_it_was() -> None:
+    seen = []
+    assert invoke(command("train")(lambda cfg: seen.append("HYDRA_FULL_ERROR" in os.environ))) == 0
+    assert seen == [False]
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_jobs_of_a_sweep_fail_one_by_one(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    seeds = []
+
+    def job(cfg: DictConfig) -> None:
+        seeds.append(cfg.seed)
+        if cfg.seed > 1:
+            split_three_channels()
+
+    assert invoke(command("train")(job), "-m", "seed=1,2,3", "model=resnet32") == 1
+    assert seeds == [1, 2, 3]
+    failed = [line for line in lines(capsys.readouterr().err) if line.startswith("revnet-train: ")]
+    assert [re.sub("channels.*", "channels", line) for line in failed] == [
+        "revnet-train: seed=2 model=resnet32: cannot split 3 channels",
+        "revnet-train: seed=3 model=resnet32: cannot split 3 channels",
+    ]
+    (sweep,) = tmp_path.glob("runs/sweeps/*")
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "multirun.yaml"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run_dir=mine"], ["hydra.run.dir=mine"], ["-m", "hydra.sweep.dir=mine", "seed=1,2"]]
+)
+def test_a_directory_with_something_in_it_is_left_untouched(
+    arguments: list[str], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "mine/checkpoints/last.ckpt").write_text("precious")
+    before = contents(tmp_path)
+    assert invoke(command("train")(lambda cfg: pytest.fail("the job was started")), *arguments) == 2
+    (only,) = lines(capsys.readouterr().err)
+    assert only.startswith("revnet-train: mine is not empty and nothing is written over: choose another ")
+    assert contents(tmp_path) == before
+
+
+def test_a_run_dir_is_not_that_of_a_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert invoke(command("train")(lambda cfg: None), "-m", "run_dir=mine", "seed=1,2") == 2
+    (only,) = lines(capsys.readouterr().err)
+    assert "hydra.sweep.dir" in only
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_goes_on_in_a_directory_and_keeps_what_is_there(tmp_path: Path) -> None:
+    main = command("train")(lambda cfg: None)
+    assert invoke(main, "run_dir=mine") == 0
+    before = contents(tmp_path / "mine")
+    for seed in "12":
+        assert invoke(main, "run_dir=mine", "ckpt_path=mine/checkpoints/last.ckpt", f"seed={seed}") == 0
+    after = contents(tmp_path / "mine")
+    assert after.items() >= before.items()
+    assert OmegaConf.load("mine/.hydra_1/config.yaml").seed == 1
+    assert OmegaConf.load("mine/.hydra_2/config.yaml").seed == 2
+
+
+def test_other_processes_of_a_distributed_run_may_join_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    joined = []
+    main = command("train")(lambda cfg: joined.append(cfg.seed))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train.log").touch()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert invoke(main, "run_dir=mine", "seed=3") == 0
+    assert joined == [3]
+
+
+def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture) -> None:
+    assert invoke(command("train")(lambda cfg: None), "--help") == 0
+    text = capsys.readouterr().out
+    for part in ("revnet-train experiment=digits_quickstart", "-m ", "model: ", "revnet38", "cifar10", "optimizer:\n"):
+        assert part in text
+
+
+def test_help_and_a_mistyped_name_do_not_wait_for_lightning(tmp_path: Path) -> None:
+    code = "import sys, revnet.train, revnet.evaluate; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "hydra" in run.stdout.split()
+    assert "pytorch_lightning" not in run.stdout.split()

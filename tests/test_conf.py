@@ -1,0 +1,187 @@
+"""Every option of every group, and every experiment, makes what it says."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from revnet.cli import command, compose
+from revnet.models import list_models
+from revnet.train import build
+from revnet.training import Classifier, TrainingMonitor
+from tests.commands import invoke
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment")
+ABSENT = ("trainer.accelerator=cpu", "trainer.devices=1")  # the devices that a trainer asks for may not be there
+make = partial(instantiate, _convert_="all")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Where the data modules that look at their directory at once find two classes."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").touch()
+    return tmp_path
+
+
+def test_the_groups_are_there() -> None:
+    found = {path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_")}
+    assert found == set(GROUPS)
+    assert all(options(group) for group in GROUPS)
+
+
+def test_every_network_of_the_package_is_a_model() -> None:
+    torchvision = {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
+    assert set(options("model")) == set(list_models()) | torchvision
+
+
+@pytest.mark.parametrize("option", options("model"))
+def test_model(option: str) -> None:
+    with torch.device("meta"):
+        network = make(compose("train", f"model={option}").model, num_classes=7)
+    assert isinstance(network, nn.Module)
+    assert [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1].out_features == 7
+
+
+@pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct"])
+def test_activations_are_chosen_by_one_value(activations: str) -> None:
+    assert compose("train", f"model.activations={activations}").model.activations == activations
+
+
+@pytest.mark.parametrize("option", options("data"))
+def test_data(option: str, image_folder: Path) -> None:
+    cfg = compose("train", f"data={option}").data
+    if "root" in cfg:
+        cfg.root = str(image_folder)
+    data = make(cfg)
+    assert isinstance(data, pl.LightningDataModule)
+    assert data.num_classes > 1
+    assert len(data.image_shape) == 3
+
+
+@pytest.mark.parametrize("option", options("optimizer"))
+@pytest.mark.parametrize("scheduler", options("scheduler"))
+def test_optimizer_and_scheduler(option: str, scheduler: str) -> None:
+    cfg = compose("train", f"optimizer={option}", f"scheduler={scheduler}", "optimizer.lr=0.25")
+    optimizer = make(cfg.optimizer)(nn.Linear(2, 2).parameters())
+    schedule = make(cfg.scheduler)(optimizer, total_steps=100)
+    rates = []
+    for _ in range(100):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert max(rates) == pytest.approx(0.25, rel=0.03)
+    assert optimizer.defaults["weight_decay"] > 0
+
+
+@pytest.mark.parametrize("option", options("trainer"))
+def test_trainer(option: str, tmp_path: Path) -> None:
+    cfg = compose("train", f"trainer={option}", *ABSENT)
+    trainer = make(cfg.trainer, logger=False, default_root_dir=str(tmp_path))
+    assert isinstance(trainer, pl.Trainer)
+    assert trainer.max_epochs == cfg.trainer.max_epochs
+
+
+def test_trainers_ask_for_their_devices() -> None:
+    assert compose("train", "trainer=cpu").trainer.accelerator == "cpu"
+    assert compose("train", "trainer=gpu").trainer.accelerator == "gpu"
+    ddp = compose("train", "trainer=ddp").trainer
+    assert (ddp.accelerator, ddp.devices, ddp.strategy) == ("gpu", "auto", "ddp")
+
+
+@pytest.mark.parametrize("callbacks", options("callbacks"))
+@pytest.mark.parametrize("logger", options("logger"))
+def test_callbacks_and_loggers(callbacks: str, logger: str, tmp_path: Path) -> None:
+    cfg = compose("train", f"callbacks={callbacks}", f"logger={logger}", f"run_dir={tmp_path}", *ABSENT)
+    made = [make(node) for node in cfg.callbacks.values() if node is not None]
+    loggers = [make(node) for node in cfg.logger.values()]
+    trainer = make(cfg.trainer, callbacks=made, logger=loggers)
+    assert all(isinstance(callback, pl.Callback) for callback in made)
+    assert {type(logger).__name__ for logger in trainer.loggers} == {
+        "csv": {"CSVLogger"},
+        "tensorboard": {"TensorBoardLogger"},
+        "default": {"CSVLogger", "TensorBoardLogger"},
+        "none": set(),
+    }[logger]
+    assert any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks) == (callbacks == "default")
+    assert bool(trainer.checkpoint_callbacks) == (callbacks == "default")
+
+
+@pytest.mark.parametrize("option", options("experiment"))
+def test_experiment(option: str, image_folder: Path) -> None:
+    cfg = compose("train", f"experiment={option}", *ABSENT)
+    if "root" in cfg.data:
+        cfg.data.root = str(image_folder)
+    with torch.device("meta"):
+        data, classifier = build(cfg)
+    trainer = make(cfg.trainer, logger=False)
+    optimizer = make(cfg.optimizer)(classifier.network.parameters())
+    schedule = make(cfg.scheduler)(optimizer, total_steps=trainer.max_steps if trainer.max_steps > 0 else 1000)
+    assert isinstance(classifier, Classifier)
+    assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
+    assert cfg.name
+    assert cfg.run_dir.startswith(f"runs/{cfg.name}/")
+    assert classifier.config == OmegaConf.to_container(cfg)
+    assert classifier.config["model"]["num_classes"] == data.num_classes
+
+
+NETWORKS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_paper_s_recipe_for_cifar(network: str) -> None:
+    cfg = compose("train", f"experiment=cifar10_{network}_paper")
+    assert cfg.name == f"cifar10_{network}_paper"
+    assert cfg.model._target_ == f"revnet.models.{network}"
+    wanted: dict[str, dict[str, Any]] = {
+        "data": {
+            "batch_size": 100,
+            "val_fraction": 0.0,
+            "normalization": "mean_image",
+            "padding": 2,
+            "flip": True,
+            "cutout": 0,
+        },
+        "optimizer": {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 2e-4},
+        "scheduler": {"milestones": [0.5, 0.75], "gamma": 0.1},
+        "trainer": {"max_steps": 80_000, "max_epochs": -1},
+    }
+    for group, values in wanted.items():
+        assert {key: cfg[group][key] for key in values} == values
+    assert cfg.classifier.loss.label_smoothing == 0
+
+
+def test_the_paper_s_recipe_for_imagenet() -> None:
+    cfg = compose("train", "experiment=imagenet_revnet104_paper")
+    assert cfg.model._target_ == "revnet.models.revnet104"
+    assert (cfg.data.batch_size, cfg.trainer.max_steps) == (256, 600_000)
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.1, 0.9, 1e-4)
+
+
+def test_a_user_s_own_experiment_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/model").mkdir()
+    (tmp_path / "mine/model/flat.yaml").write_text("_target_: torch.nn.Flatten\n")
+    (tmp_path / "mine/experiment/my_run.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: flat\nname: my_run\nseed: 17\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    main = command("train")(lambda cfg: seen.append((cfg.name, cfg.seed, cfg.model._target_)))
+    assert invoke(main, "--config-dir", "mine", "experiment=my_run") == 0
+    assert seen == [("my_run", 17, "torch.nn.Flatten")]
+    assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs/my_run"]

@@ -1,0 +1,171 @@
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from revnet import train as train_module
+from tests.commands import invoke
+
+TINY = (
+    "data=fake",
+    "data.image_shape=[3,8,8]",
+    "trainer=cpu",
+    "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+    "threads=1",
+)
+TINY += ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=2")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*arguments: str) -> int:
+    return invoke(train_module.main, *TINY, *arguments)
+
+
+def rows(text: str) -> dict[str, str]:
+    """What the summary says."""
+    cells = [line.split("│") for line in text.splitlines() if line.count("│") == 3]
+    return {row[1].strip(): row[2].strip() for row in cells}
+
+
+def test_a_run_leaves_everything_and_says_so(tmp_path: Path) -> None:
+    """In a process of its own, as `python -m`."""
+    command = [sys.executable, "-m", "revnet.train", *TINY, "run_dir=here"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    summary = rows(run.stdout)
+    assert "revnet38_fake" in run.stdout
+    assert summary["parameters"] == "464,890"
+    assert {"test accuracy", "test loss", "val accuracy", "train accuracy", "epochs"} <= summary.keys()
+    assert {"seconds per epoch", "images per second", "peak memory of the process"} <= summary.keys()
+    assert float(summary["largest reconstruction error"]) < 1e-4
+    assert len(run.stdout.splitlines()) < 60  # a progress bar has not flooded it
+    names = {str(path.relative_to(tmp_path / "here")) for path in (tmp_path / "here").rglob("*") if path.is_file()}
+    assert {"checkpoints/best.ckpt", "checkpoints/last.ckpt", "csv/version_0/metrics.csv"} <= names
+    assert {".hydra/config.yaml", "train.log", "environment.json"} <= names
+    assert any(name.startswith("tensorboard/version_0/events") for name in names)
+    assert json.loads((tmp_path / "here/environment.json").read_text())["torch"]
+    with (tmp_path / "here/csv/version_0/metrics.csv").open() as file:
+        columns = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"} <= columns
+    assert {"images_per_second", "peak_memory_mib"} <= columns
+    assert any(name.startswith("lr-SGD") for name in columns)
+    assert any(name.startswith("reconstruction_error/") for name in columns)
+
+
+def test_a_checkpoint_holds_plain_values_and_its_configuration() -> None:
+    assert train("run_dir=here", "model=resnet32") == 0
+    checkpoint = torch.load("here/checkpoints/best.ckpt", weights_only=True)
+    config = checkpoint["config"]
+    assert config["model"] == {"_target_": "revnet.models.resnet32", "num_classes": 10, "activations": "store"}
+    assert config["data"]["_target_"].startswith("revnet.data.")
+    assert not re.search(r"\$\{", json.dumps(config))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_precision_and_memory_format(precision: str, channels_last: bool, capsys: pytest.CaptureFixture) -> None:
+    options = (f"trainer.precision={precision}", f"classifier.channels_last={channels_last}", "logger=none")
+    assert train(*options, "callbacks=none", "model.activations=recompute") == 0
+    assert rows(capsys.readouterr().out).keys() >= {"test accuracy", "test loss"}
+
+
+def test_without_validation_the_last_weights_are_tested(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert train("run_dir=here", "data.val_fraction=0") == 0
+    summary = rows(capsys.readouterr().out)
+    assert summary["tested weights"] == "the last ones"
+    assert "val accuracy" not in summary
+    assert [path.name for path in (tmp_path / "here/checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_seed_is_a_result(capsys: pytest.CaptureFixture) -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        assert train("logger=none", "callbacks=none", f"seed={seed}", f"run_dir=run{len(losses)}") == 0
+        losses.append(rows(capsys.readouterr().out)["test loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_run_is_resumed_in_its_directory(tmp_path: Path) -> None:
+    assert train("run_dir=here") == 0
+    first = (tmp_path / "here/csv/version_0/metrics.csv").read_bytes()
+    assert train("run_dir=here", "ckpt_path=here/checkpoints/last.ckpt", "trainer.max_epochs=2") == 0
+    assert torch.load("here/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert (tmp_path / "here/csv/version_0/metrics.csv").read_bytes() == first
+    assert (tmp_path / "here/csv/version_1/metrics.csv").exists()
+
+
+def test_a_sweep_runs_every_combination(tmp_path: Path) -> None:
+    arguments = ("-m", *TINY, "model=revnet38,resnet32", "seed=0,1", "logger=csv", "callbacks=none")
+    assert invoke(train_module.main, *arguments) == 0
+    assert len(list(tmp_path.glob("runs/sweeps/*/[0-3]/csv/version_0/metrics.csv"))) == 4
+
+
+class Spy(Callback):
+    """Sees what a job gives to a sweeper."""
+
+    returned: ClassVar[list[float | None]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: object) -> None:
+        self.returned.append(job_return.return_value)
+
+
+def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
+    quick = ("logger=none", "callbacks=none", "+hydra.callbacks.spy._target_=tests.test_train.Spy")
+    assert train(*quick, "run_dir=a", "optimized_metric=val/loss") == 0
+    assert train(*quick, "run_dir=b") == 0
+    loss, nothing = Spy.returned
+    assert loss is not None
+    assert loss > 0
+    assert nothing is None
+    assert train("logger=none", "callbacks=none", "run_dir=c", "optimized_metric=val/acc") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["seed=early"], r"seed=early: not an integer"),
+        (["seed=${nothing}"], r".*'nothing' not found.*"),
+        (["model.num_classes=7"], r".*num_classes=7.* 10 classes.*"),
+        (["model.activations=forget"], r"activations must be one of .*'forget'.*"),
+        (["optimizer.lr=fast"], r"optimizer: .*"),
+        (["optimizer.lr=-1"], r"optimizer: Invalid learning rate: -1"),
+        (["scheduler=step", "scheduler.milestones=[40000]"], r"scheduler: milestones .*\[40000\]"),
+        (["trainer.max_epochs=-1"], r"the schedule needs to know .*"),
+        (["+model.width=3"], r"model: .*'width'"),
+        (["+trainer.steps=3"], r"trainer: .*'steps'"),
+        (["ckpt_path=nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture) -> None:
+    assert train(*arguments) == 1
+    (only,) = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch("revnet-train: " + line, only)
+
+
+def test_missing_data_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert invoke(train_module.main, "data=image_folder", "data.root=nowhere", "trainer=cpu") == 1
+    (only,) = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch("revnet-train: .*nowhere.*", only)
+
+
+def test_resuming_another_architecture_is_refused(capsys: pytest.CaptureFixture) -> None:
+    assert train("run_dir=here", "logger=none") == 0
+    capsys.readouterr()
+    assert train("ckpt_path=here/checkpoints/last.ckpt", "model=resnet32") == 1
+    (only,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search("holds revnet38 for 10 classes .* not the resnet32 for 10 classes .* asked for", only)

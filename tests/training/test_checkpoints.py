@@ -1,0 +1,95 @@
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from revnet.training import Classifier, load_weights, one_cycle, read_checkpoint
+from tests.training.tiny import tiny_network
+
+Fit = Callable[..., pl.Trainer]
+CONFIG = {"model": {"_target_": "somewhere.tiny", "num_classes": 4}, "data": {"root": None, "sizes": [4, 4]}}
+
+
+def classifier(network: nn.Module | None = None, config: dict[str, Any] | None = CONFIG) -> Classifier:
+    optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    return Classifier(network or tiny_network(), optimizer, one_cycle, config=config)
+
+
+def test_a_checkpoint_describes_itself_in_plain_values(fit: Fit, tmp_path: Path) -> None:
+    callback = pl.callbacks.ModelCheckpoint(tmp_path / "kept", monitor="val/accuracy", mode="max")
+    fit(classifier(), callbacks=[callback], enable_checkpointing=True)
+    checkpoint = torch.load(callback.best_model_path, weights_only=True)
+    assert checkpoint["config"] == CONFIG
+    assert read_checkpoint(callback.best_model_path).keys() == checkpoint.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(fit: Fit, tmp_path: Path) -> None:
+    keep_all = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, resumed = classifier(), classifier()
+    fit(whole, max_epochs=4, callbacks=[keep_all], enable_checkpointing=True)
+    fit(resumed, max_epochs=4, ckpt=tmp_path / "epoch=1.ckpt")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value)
+
+
+def test_weights_are_loaded(fit: Fit, tmp_path: Path) -> None:
+    trained = classifier()
+    fit(trained).save_checkpoint(tmp_path / "a.ckpt")
+    fresh = classifier()
+    load_weights(fresh, read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[name], value, rtol=0, atol=0)
+
+
+def wider() -> nn.Sequential:
+    network = tiny_network()
+    network[4] = nn.Linear(128, 7)
+    return network
+
+
+def deeper() -> nn.Sequential:
+    return tiny_network().append(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("network", "difference"),
+    [
+        (wider, r"network.4.weight is \(4, 128\) there and \(7, 128\) here"),
+        (deeper, r"network.5.weight is nothing there and \(4, 4\) here"),
+        (lambda: tiny_network()[:4], r"network.4.weight is \(4, 128\) there and nothing here"),
+    ],
+)
+def test_another_architecture_is_refused(
+    fit: Fit, tmp_path: Path, network: Callable[[], nn.Module], difference: str
+) -> None:
+    fit(classifier()).save_checkpoint(tmp_path / "a.ckpt")
+    other = classifier(network(), {"model": {"_target_": "somewhere.other", "num_classes": 7}})
+    message = rf"a.ckpt holds tiny for 4 classes \(.* values\), not the other for 7 classes .* asked for: {difference}"
+    with pytest.raises(ValueError, match=message):
+        load_weights(other, read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+
+
+def test_a_checkpoint_without_configuration_is_refused_by_its_sizes(fit: Fit, tmp_path: Path) -> None:
+    fit(classifier(config=None)).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="holds unnamed network"):
+        load_weights(classifier(wider()), read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=.*missing.ckpt: no such file"):
+        read_checkpoint(tmp_path / "missing.ckpt")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.ckpt")
+    for name in ("text.ckpt", "empty.ckpt", "module.ckpt"):
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint"):
+            read_checkpoint(tmp_path / name)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match="'state_dict'"):
+        read_checkpoint(tmp_path / "weights.ckpt")
