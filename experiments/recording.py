@@ -1,0 +1,68 @@
+"""What every experiment writes down beside its figures: hardware, versions, command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["RESULTS", "ROOT", "allocator_keeps_memory", "hardware", "record", "result_path"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+KEEP = {"MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_MMAP_THRESHOLD_": "17179869184"}
+
+
+def allocator_keeps_memory() -> None:
+    """Starts the script again with an allocator that keeps what it freed, unless it runs so already.
+
+    By default glibc gives large blocks back to the system and faults them in again at the next step, which makes
+    whatever stores much look slow.
+    """
+    import os
+
+    if all(os.environ.get(name) == value for name, value in KEEP.items()):
+        return
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """The machine and the versions that a result depends on."""
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _cpu(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def result_path(theme: str, device: str = "cpu") -> Path:
+    """`experiments/results/THEME_HARDWARE_DATE`, without an ending."""
+    name = hardware(device)["device"] if device.startswith("cuda") else f"cpu{torch.get_num_threads()}"
+    label = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    return RESULTS / f"{theme}_{label}_{datetime.now(timezone.utc):%Y-%m-%d}"
+
+
+def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], device: str = "cpu") -> None:
+    """Writes settings, hardware, command and rows as PATH.json."""
+    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+    content = {"command": command, "hardware": hardware(device), "settings": settings, "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,180 @@
+"""What does a training step of RevNet-110 cost under store, recompute and reconstruct, in time and in memory?
+
+One interleaved run over the same weights and images: batch 128, 32x32, channels_last, fp32 by default. Beside the three
+values stand a plain hand-written loop over the same branches (store must not be slower than it), the same loop with
+`torch.utils.checkpoint` around each unit (recompute must not be slower than that), and a forward pass without
+gradients: the limit of pure reconstruction is store plus one such pass. Memory is the peak of activations and
+temporaries.
+
+    python experiments/revnet110_step.py [--repeats 9] [--device cpu] [--dtype float32|bfloat16] [--model revnet110]
+
+Writes a table as JSON and a picture to experiments/results/revnet110_step_HARDWARE_DATE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from recording import allocator_keeps_memory, hardware, record, result_path
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revnet import ReversibleBlock, set_activations
+from revnet.models import RevNet, get_model
+from revnet.models.units import TransitionUnit
+from revnet.profiling import measure_memory
+from revnet.reversible import Split, split_halves
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+
+def unit(layer: nn.Module, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """One unit as a person would write it."""
+    if isinstance(layer, ReversibleBlock):
+        x1, x2 = state
+        y1 = x1 + layer.f(x2)
+        return y1, x2 + layer.g(y1)
+    assert isinstance(layer, TransitionUnit)
+    x1, x2 = split_halves(state[0])
+    y1 = layer.shortcut1(x1) + layer.f(x2)
+    return y1, layer.shortcut2(x2) + layer.g(y1)
+
+
+class PlainLoop(nn.Module):
+    """The network without the engine: ordinary autograd, or torch's checkpoint around every unit."""
+
+    def __init__(self, network: RevNet, checkpointed: bool) -> None:
+        super().__init__()
+        self.network, self.checkpointed = network, checkpointed
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self.checkpointed:
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        net = self.network
+        x = self.run(lambda x: net.maxpool(net.relu(net.bn1(net.conv1(x)))), x)
+        for name in net.stage_names:
+            state: tuple[Tensor, ...] = (x,)
+            for layer in list(net.get_submodule(name).children())[:-1]:  # all but the Merge
+                state = layer(x) if isinstance(layer, Split) else self.run(unit, layer, state)
+            x = torch.cat(state, 1)
+        x = self.run(lambda x: net.avgpool(net.relu(net.norm(x))), x)
+        return net.fc(x.flatten(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="revnet110")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
+    options = parser.parse_args()
+    allocator_keeps_memory()
+    torch.manual_seed(0)
+    autocast = None if options.dtype == "float32" else torch.bfloat16
+    network = get_model(options.model).to(options.device).to(memory_format=torch.channels_last)
+    assert isinstance(network, RevNet)
+    x = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    target = torch.randint(0, network.fc.out_features, (options.batch,), device=options.device)
+    contestants: dict[str, tuple[nn.Module, str]] = {
+        "plain loop": (PlainLoop(network, False), "store"),
+        "store": (network, "store"),
+        "torch.utils.checkpoint": (PlainLoop(network, True), "store"),
+        "recompute": (network, "recompute"),
+        "reconstruct": (network, "reconstruct"),
+        "forward without gradients": (network, "store"),
+    }
+
+    def step(name: str) -> tuple[float, int]:
+        module, value = contestants[name]
+        set_activations(network, value)
+        network.zero_grad()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        with torch.autocast(options.device, torch.bfloat16, enabled=autocast is not None):
+            if name == "forward without gradients":
+                with torch.no_grad():
+                    module(x)
+            else:
+                loss = F.cross_entropy(module(x), target)
+        if name != "forward without gradients":
+            loss.backward()
+        if options.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    faults: dict[str, list[int]] = {name: [] for name in contestants}
+    for repeat in track(range(options.repeats + 2), "steps"):
+        for name in contestants:
+            elapsed, minor = step(name)
+            if repeat >= 2:  # the first two warm up caches and the allocator
+                seconds[name].append(elapsed)
+                faults[name].append(minor)
+    rows = []
+    for name, (module, value) in contestants.items():
+        row: dict[str, object] = {
+            "contestant": name,
+            "seconds": median(seconds[name]),
+            "over_store": median(s / t for s, t in zip(seconds[name], seconds["store"], strict=True)),
+            "minor_faults": median(faults[name]),
+            "all_seconds": seconds[name],
+        }
+        if name != "forward without gradients":
+            set_activations(network, value)
+            row["peak_bytes"] = measure_memory(module, x, lambda y: F.cross_entropy(y, target), autocast).peak
+        rows.append(row)
+    path = result_path(f"{options.model}_step_{options.dtype}", options.device)
+    record(path, vars(options), rows, options.device)
+    show(rows, hardware(options.device)["device"])
+    draw(rows, f"{options.model}, batch {options.batch}, {options.size}x{options.size}, {options.dtype}", path)
+    Console().print(f"Written to {path}.json and {path}.png")
+
+
+def show(rows: list[dict[str, Any]], device: str) -> None:
+    table = Table("", "s per step", "over store", "peak MB", "minor faults", title=f"A training step on {device}")
+    for row in rows:
+        peak = f"{row['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in row else ""
+        table.add_row(
+            row["contestant"], f"{row['seconds']:.3f}", f"{row['over_store']:.3f}", peak, f"{row['minor_faults']:.0f}"
+        )
+    Console().print(table)
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    steps = [row for row in rows if "peak_bytes" in row]
+    limit = 1 + next(row["over_store"] for row in rows if "peak_bytes" not in row)
+    names = [row["contestant"] for row in steps]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    left.bar_label(left.barh(names, [row["over_store"] for row in steps]), fmt="%.2f", padding=3)
+    left.axvline(limit, color="gray", linestyle="--", label="store + a forward without gradients")
+    left.set(xlabel="time of a step / store", xlim=(0, 1.9))
+    left.legend(loc="lower right", fontsize="small")
+    left.invert_yaxis()
+    right.bar_label(right.barh(names, [row["peak_bytes"] / 1e6 for row in steps], color="C1"), fmt="%.0f", padding=3)
+    right.set(xlabel="peak of activations and temporaries, MB")
+    right.margins(x=0.15)
+    figure.suptitle(title)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()
