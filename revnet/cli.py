@@ -197,7 +197,7 @@ def mistake(error: BaseException) -> str | None:
         if _raised_on_purpose(error):
             return line
         return _worker_mistake(str(error)) or (configured and f"{configured}: {line}")
-    if configured and isinstance(error, (ImportError, AttributeError)):
+    if configured and isinstance(error, ImportError):
         return f"{configured}: {line}"
     return None
 

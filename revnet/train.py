@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from revnet.cli import command
 
@@ -26,14 +26,15 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Classifier]:
 
     Args:
         cfg: with the nodes `model`, `data`, `classifier`, and, to be trained, `optimizer` and `scheduler`.
-            `model.num_classes` becomes the data's where it is null.
+            `model.num_classes` becomes the data's where it is null or missing.
 
     Raises:
         ValueError: if `model.num_classes` contradicts the data.
     """
     data = instantiate(cfg.data, _convert_="all")
-    if cfg.model.num_classes is None:
-        cfg.model.num_classes = data.num_classes
+    if cfg.model.get("num_classes") is None:
+        with open_dict(cfg.model):
+            cfg.model.num_classes = data.num_classes
     if cfg.model.num_classes != data.num_classes:
         raise ValueError(
             f"model.num_classes={cfg.model.num_classes}, but the data has {data.num_classes} classes: "

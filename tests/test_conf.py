@@ -163,12 +163,15 @@ def test_the_paper_s_recipe_for_cifar(network: str) -> None:
     for group, values in wanted.items():
         assert {key: cfg[group][key] for key in values} == values
     assert cfg.classifier.loss.label_smoothing == 0
+    assert cfg.classifier.norm_momentum is None
 
 
 def test_the_paper_s_recipe_for_imagenet() -> None:
     cfg = compose("train", "experiment=imagenet_revnet104_paper")
     assert cfg.model._target_ == "revnet.models.revnet104"
     assert (cfg.data.batch_size, cfg.trainer.max_steps) == (256, 600_000)
+    assert (cfg.data.crop_area, cfg.data.normalization) == ([0.05, 1.0], "symmetric")
+    assert cfg.classifier.norm_momentum is None
     assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.1, 0.9, 1e-4)
 
 

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from revnet import train as train_module
+from revnet.cli import compose
 from tests.commands import invoke
 
 TINY = (
@@ -65,6 +66,40 @@ def test_a_run_leaves_everything_and_says_so(tmp_path: Path) -> None:
     assert {"images_per_second", "peak_memory_mib"} <= columns
     assert any(name.startswith("lr-SGD") for name in columns)
     assert any(name.startswith("reconstruction_error/") for name in columns)
+
+
+def test_training_from_python(tmp_path: Path) -> None:
+    cfg = compose("train", *TINY, "callbacks=none", "logger=none", "run_dir=here")
+    metrics = train_module.train(cfg)
+    names = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "accuracy")}
+    assert metrics.keys() == names
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["environment.json"]
+
+
+@pytest.mark.parametrize("num_classes", [None, 3, "missing"])
+def test_a_network_gets_as_many_classes_as_the_data_has(num_classes: int | str | None) -> None:
+    cfg = compose("train", "data=fake", "data.num_classes=3", "model=resnet18")
+    if num_classes == "missing":
+        del cfg.model.num_classes
+    else:
+        cfg.model.num_classes = num_classes
+    with torch.device("meta"):
+        _, classifier = train_module.build(cfg)
+    assert classifier.network.fc.out_features == 3
+    assert classifier.config["model"]["num_classes"] == 3
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_run_directory(tmp_path: Path) -> None:
+    options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "run_dir=here"]
+    fewer = [option for option in TINY if option != "trainer=cpu"]
+    command = [sys.executable, "-m", "revnet.train", *fewer, *options]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("test accuracy ") == run.stdout.count("epoch 0: ") == 1
+    assert (tmp_path / "here/checkpoints/last.ckpt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_checkpoint_holds_plain_values_and_its_configuration() -> None:

@@ -80,7 +80,8 @@ class TrainingMonitor(Callback):
             for split in ("train", "val")
             if f"{split}/accuracy" in metrics
         ]
-        log.info("epoch %d: %s", trainer.current_epoch, ", ".join(splits))
+        if trainer.is_global_zero:
+            log.info("epoch %d: %s", trainer.current_epoch, ", ".join(splits))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import rich
@@ -29,7 +30,7 @@ def print_summary(
         metrics: values of `{test,val,train}/accuracy` and `.../loss`; splits that are not there are left out.
         epochs: how many were trained; None leaves them out.
         monitor: of the training; None leaves speed and memory out.
-        files: names and paths to end with.
+        files: names and paths to end with, shown as seen from the working directory where that is shorter.
     """
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
@@ -49,5 +50,5 @@ def print_summary(
         if monitor.reconstruction_error is not None:
             table.add_row("largest reconstruction error", f"{monitor.reconstruction_error:.1e}")
     for name, path in (files or {}).items():
-        table.add_row(name, path)
+        table.add_row(name, min(path, os.path.relpath(path), key=len) if os.path.isabs(path) else path)
     rich.print(table)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from revnet.training import Classifier, TrainingMonitor, print_summary
@@ -28,6 +30,16 @@ def test_the_summary_says_what_was_reached_how_fast_and_where(capsys: pytest.Cap
         ["largest reconstruction error", "2.0e-06"],
         ["run directory", "runs/a"],
     ]
+
+
+def test_paths_are_shown_as_seen_from_here(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {"a": str(tmp_path / "runs/a"), "b": "/b", "c": "none"}
+    print_summary("tiny", Classifier(tiny_network()), {}, files=files)
+    shown = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.startswith(("│ a", "│ b", "│ c"))]
+    assert shown == ["runs/a", "/b", "none"]
 
 
 def test_what_is_not_known_is_left_out(capsys: pytest.CaptureFixture) -> None:
