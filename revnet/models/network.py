@@ -101,16 +101,20 @@ class PreActResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _apart(self, *modules: nn.Module) -> ReversibleSequence:
+    def _apart(self, x: Tensor, *modules: nn.Module) -> Tensor:
         """Modules outside the stages as one layer of the engine, so that their activations are not kept either."""
-        return ReversibleSequence([nn.Sequential(*modules)], self.activations)
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace shows them one by one
+            for module in modules:
+                x = module(x)
+            return x
+        return ReversibleSequence([nn.Sequential(*modules)], self.activations)(x)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.total_stride)
-        x = self._apart(self.conv1, self.bn1, self.relu, self.maxpool)(x)
+        x = self._apart(x, self.conv1, self.bn1, self.relu, self.maxpool)
         for name in self.stage_names:
             x = getattr(self, name)(x)
-        x = self._apart(self.norm, self.relu, self.avgpool)(x)
+        x = self._apart(x, self.norm, self.relu, self.avgpool)
         return self.fc(x.flatten(1))
 
 

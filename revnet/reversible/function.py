@@ -108,6 +108,9 @@ class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, ...]:
         state, log_det, context_tensors = job.unpack(tensors)
+        # To module hooks (those of torch's own counters) a tensor that requires grad must have a gradient function.
+        state = tuple(x.detach() for x in state)
+        context_tensors = [c.detach() for c in context_tensors]
         context = job.context.rebuild(context_tensors)
         device = state[0].device
         ctx.autocast = Autocast.current(device)
@@ -134,12 +137,8 @@ class _ReversibleFunction(torch.autograd.Function):
         ctx.job, ctx.traces = job, traces
         ctx.versions = [p._version for p in job.parameters]
         # The traces hold the parameters: saving them here too would let saved-tensor hooks move them about.
-        ctx.save_for_backward(*saved, *context_tensors)
-        # A layer may hand an input on as it is; autograd wants outputs that are tensors of their own.
-        state = tuple(x.view_as(x) if any(x is t for t in tensors) else x for x in state)
-        if log_det is None:
-            return state
-        return (*state, log_det.view_as(log_det) if any(log_det is t for t in tensors) else log_det)
+        ctx.save_for_backward(*saved, *job.unpack(tensors)[2])
+        return state if log_det is None else (*state, log_det)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:

@@ -22,7 +22,7 @@ def is_invertible(layer: nn.Module) -> bool:
 def as_state(output: Any, layer: nn.Module) -> State:
     """The output of a layer as a tuple of tensors."""
     state = output if isinstance(output, tuple) else (output,)
-    if not all(isinstance(x, Tensor) for x in state):
+    if not all(isinstance(x, Tensor | torch.fx.Proxy) for x in state):
         raise TypeError(
             f"{type(layer).__name__} must return a tensor or a tuple of tensors, got {type(output).__name__} "
             f"of {[type(x).__name__ for x in state]}"
@@ -35,6 +35,8 @@ def as_stream(state: State) -> State:
 
     Branches still run in half precision; only what they are added to is kept wide, as autocast itself does for sums.
     """
+    if isinstance(state[0], torch.fx.Proxy):
+        return state
     kind = state[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return state

@@ -172,6 +172,8 @@ class ReversibleSequence(nn.ModuleList):
 
     def _run(self, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
         _check_state(state)
+        if isinstance(state[0], torch.fx.Proxy):
+            return self._traced(state, context), log_det
         cached = torch.is_autocast_cache_enabled()
         # A cached half-precision copy of a weight used twice would sum its gradient in half precision.
         torch.set_autocast_cache_enabled(False)
@@ -228,6 +230,16 @@ class ReversibleSequence(nn.ModuleList):
             if isinstance(layer, Coupling):
                 layer.exact = exact
         return exact
+
+    def _traced(self, state: State, context: Any) -> State:
+        """In a symbolic trace a sequence is a leaf, which keeps its memory saving; the root of a trace is its layers."""
+        tracer = state[0].tracer  # type: ignore[attr-defined]
+        if tracer.root is not self:
+            arguments = (*state, *([None] * (2 - len(state))), context)
+            return (tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {}),)
+        for layer in self:
+            state, _ = apply_layer(layer, state, context)
+        return state
 
     def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[str, ...]]]:
         """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function)."""
