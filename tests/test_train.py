@@ -181,7 +181,7 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
         (["optimizer.lr=-1"], r"optimizer: Invalid learning rate: -1"),
         (["scheduler=step", "scheduler.milestones=[40000]"], r"scheduler: milestones .*\[40000\]"),
         (["trainer.max_epochs=-1"], r"the schedule needs to know .*"),
-        (["+model.width=3"], r"model: .*'width'"),
+        (["+model.width=3"], r"model: .*'width'.*"),
         (["+trainer.steps=3"], r"trainer: .*'steps'"),
         (["ckpt_path=nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file"),
     ],

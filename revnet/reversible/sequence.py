@@ -232,7 +232,7 @@ class ReversibleSequence(nn.ModuleList):
         return exact
 
     def _traced(self, state: State, context: Any) -> State:
-        """In a symbolic trace a sequence is a leaf, which keeps its memory saving; the root of a trace is its layers."""
+        """In a symbolic trace a sequence is a leaf, which keeps its memory saving; the root is its layers."""
         tracer = state[0].tracer  # type: ignore[attr-defined]
         if tracer.root is not self:
             arguments = (*state, *([None] * (2 - len(state))), context)

@@ -61,7 +61,9 @@ def test_one_step_of_a_real_trainer(tmp_path):
     model = Linear(data)
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(model, datamodule=data)
+    loaded = data.splits
     trainer.test(model, datamodule=data, verbose=False)
+    assert data.splits is loaded
     (trained,) = model.fed["train"]
     assert trained.shape == (50, 3, 8, 8)
     assert trained.dtype == torch.float32
@@ -121,10 +123,9 @@ def test_splits_are_disjoint_and_the_same_in_every_instance():
 def test_normalisation_is_measured_on_the_training_split_alone():
     data = Fake(image_shape=(3, 4, 4), val_fraction=0.5, normalization="mean_image")
     data.setup()
-    train = data.splits["train"]
-    images, _ = train[train.indices.index(0)], None
-    kept = train.dataset.images[train.indices].float()
-    torch.testing.assert_close(data.preprocess(train.dataset.images[:1], False)[0], images[0] - kept.mean(dim=0))
+    images = data.splits["train"].dataset.images
+    mean = images[data.splits["train"].indices].float().mean(dim=0)
+    torch.testing.assert_close(data.preprocess(images, training=False), images.float() - mean)
 
 
 def test_training_is_shuffled_by_the_global_seed_and_drops_the_rest():
@@ -133,10 +134,10 @@ def test_training_is_shuffled_by_the_global_seed_and_drops_the_rest():
     orders = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        orders.append([epoch(data, "train", training=True)])
-    assert len(orders[0][0]) == 200
-    assert torch.equal(orders[0][0], orders[1][0])
-    assert not torch.equal(orders[0][0], orders[2][0])
+        orders.append(epoch(data, "train", training=True))
+    assert len(orders[0]) == 200
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
 
 
 def test_images_in_memory_need_no_worker_but_can_have_some():
