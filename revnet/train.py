@@ -59,7 +59,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         cfg: the configuration `train`, from the command line or `revnet.cli.compose`; files go to `cfg.run_dir`.
 
     Returns:
-        Every metric of the last epoch and of the test, by name.
+        Every metric of the last epoch and of the test, and the figures of the `TrainingMonitor`, by name.
 
     Raises:
         ValueError: if the parts of the configuration do not go together, or `cfg.ckpt_path` is of other parts.
@@ -95,8 +95,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     trainer.test(classifier, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    monitor = next((callback for callback in callbacks if isinstance(callback, TrainingMonitor)), None)
+    if monitor is not None:
+        metrics |= monitor.figures()
     if trainer.is_global_zero:
-        monitor = next((callback for callback in callbacks if isinstance(callback, TrainingMonitor)), None)
         files = {"tested weights": best or "the last ones", "run directory": cfg.run_dir}
         print_summary(cfg.name, classifier, metrics, epochs, monitor, files)
     return metrics

@@ -91,6 +91,12 @@ class TrainingMonitor(Callback):
         self.peak_memory_mib = peak_memory(pl_module.device) / 2**20
         self._errors(pl_module)
 
+    def figures(self) -> dict[str, float]:
+        """The attributes by name, without a reconstruction error that nothing reports."""
+        names = ("images_per_second", "seconds_per_epoch", "peak_memory_mib", "reconstruction_error")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         now = time.perf_counter() - self._paused
         metrics = {
