@@ -1,14 +1,14 @@
-"""What does a training step of RevNet-110 cost under store, recompute and reconstruct, in time and in memory?
+"""What does a training step of a RevNet cost under store, recompute and reconstruct, in time and in memory?
 
-One interleaved run over the same weights and images: batch 128, 32x32, channels_last, fp32 by default. Beside the three
-values stand a plain hand-written loop over the same branches (store must not be slower than it), the same loop with
-`torch.utils.checkpoint` around each unit (recompute must not be slower than that), and a forward pass without
-gradients: the limit of pure reconstruction is store plus one such pass. Memory is the peak of activations and
-temporaries.
+One interleaved run over the same weights and images, in floating point and exact: RevNet-110, batch 128, 32x32, fp32
+by default, channels_last. Beside the three values stand a plain hand-written loop over the same branches (store must
+not be slower than it), the same loop with `torch.utils.checkpoint` around each unit (recompute must not be slower than
+that), and a forward pass without gradients: the limit of pure reconstruction is store plus one such pass. Memory is the
+peak of activations and temporaries.
 
-    python experiments/revnet110_step.py [--repeats 9] [--device cpu] [--dtype float32|bfloat16] [--model revnet110]
+    python experiments/training_step.py [--model revnet110] [--batch 128] [--size 32] [--dtype float32] [--device cpu]
 
-Writes a table as JSON and a picture to experiments/results/revnet110_step_HARDWARE_DATE.
+Writes a table as JSON and a picture to experiments/results/MODEL_step_DTYPE_HARDWARE_DATE.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revnet import ReversibleBlock, set_activations
+from revnet import ReversibleBlock, ReversibleSequence, set_activations
 from revnet.models import RevNet, get_model
 from revnet.models.units import TransitionUnit
 from revnet.profiling import measure_memory
@@ -39,6 +39,8 @@ from revnet.reversible import Split, split_halves
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+
+FORWARD = "forward without gradients"
 
 
 def unit(layer: nn.Module, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -94,28 +96,36 @@ def main() -> None:
     x = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
     x = x.contiguous(memory_format=torch.channels_last)
     target = torch.randint(0, network.fc.out_features, (options.batch,), device=options.device)
-    contestants: dict[str, tuple[nn.Module, str]] = {
-        "plain loop": (PlainLoop(network, False), "store"),
-        "store": (network, "store"),
-        "torch.utils.checkpoint": (PlainLoop(network, True), "store"),
-        "recompute": (network, "recompute"),
-        "reconstruct": (network, "reconstruct"),
-        "forward without gradients": (network, "store"),
+    contestants: dict[str, tuple[nn.Module, str, bool]] = {
+        "plain loop": (PlainLoop(network, False), "store", False),
+        "store": (network, "store", False),
+        "store, exact": (network, "store", True),
+        "torch.utils.checkpoint": (PlainLoop(network, True), "store", False),
+        "recompute": (network, "recompute", False),
+        "reconstruct": (network, "reconstruct", False),
+        "reconstruct, exact": (network, "reconstruct", True),
+        FORWARD: (network, "store", False),
     }
 
-    def step(name: str) -> tuple[float, int]:
-        module, value = contestants[name]
+    def prepare(name: str) -> nn.Module:
+        module, value, exact = contestants[name]
         set_activations(network, value)
+        for sequence in (m for m in network.modules() if isinstance(m, ReversibleSequence)):
+            sequence.exact = exact
+        return module
+
+    def step(name: str) -> tuple[float, int]:
+        module = prepare(name)
         network.zero_grad()
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         start = time.perf_counter()
         with torch.autocast(options.device, torch.bfloat16, enabled=autocast is not None):
-            if name == "forward without gradients":
+            if name == FORWARD:
                 with torch.no_grad():
                     module(x)
             else:
                 loss = F.cross_entropy(module(x), target)
-        if name != "forward without gradients":
+        if name != FORWARD:
             loss.backward()
         if options.device != "cpu":
             torch.cuda.synchronize()
@@ -130,7 +140,7 @@ def main() -> None:
                 seconds[name].append(elapsed)
                 faults[name].append(minor)
     rows = []
-    for name, (module, value) in contestants.items():
+    for name in contestants:
         row: dict[str, object] = {
             "contestant": name,
             "seconds": median(seconds[name]),
@@ -138,9 +148,8 @@ def main() -> None:
             "minor_faults": median(faults[name]),
             "all_seconds": seconds[name],
         }
-        if name != "forward without gradients":
-            set_activations(network, value)
-            row["peak_bytes"] = measure_memory(module, x, lambda y: F.cross_entropy(y, target), autocast).peak
+        if name != FORWARD:
+            row["peak_bytes"] = measure_memory(prepare(name), x, lambda y: F.cross_entropy(y, target), autocast).peak
         rows.append(row)
     path = result_path(f"{options.model}_step_{options.dtype}", options.device)
     record(path, vars(options), rows, options.device)
@@ -163,11 +172,11 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     steps = [row for row in rows if "peak_bytes" in row]
     limit = 1 + next(row["over_store"] for row in rows if "peak_bytes" not in row)
     names = [row["contestant"] for row in steps]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     left.bar_label(left.barh(names, [row["over_store"] for row in steps]), fmt="%.2f", padding=3)
     left.axvline(limit, color="gray", linestyle="--", label="store + a forward without gradients")
-    left.set(xlabel="time of a step / store", xlim=(0, 1.9))
-    left.legend(loc="lower right", fontsize="small")
+    left.set(xlabel="time of a step / store", xlim=(0, 2.2))
+    left.legend(loc="upper right", fontsize="small")
     left.invert_yaxis()
     right.bar_label(right.barh(names, [row["peak_bytes"] / 1e6 for row in steps], color="C1"), fmt="%.0f", padding=3)
     right.set(xlabel="peak of activations and temporaries, MB")
