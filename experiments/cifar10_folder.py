@@ -112,8 +112,8 @@ def main() -> None:
             key = (network, seed, options.epochs)
             if key not in [(row["network"], row["seed"], row["epochs"]) for row in rows]:
                 rows.append(run(*key[:2], options))
-                record(path, {"data": options.name, "epochs": options.epochs}, rows)
-                draw(rows, f"{options.name}, {options.epochs} epochs, bf16", path)
+            record(path, {"data": options.name, "epochs": options.epochs}, rows)
+            draw(rows, f"{options.name}, {options.epochs} epochs, bf16", path)
     table = Table("", "seed", "test accuracy, %", "s per epoch", "activations, MB", "process, MB", title=options.name)
     for row in rows:
         table.add_row(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,9 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else _cpu(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("torchvision", "pytorch-lightning")},
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -63,6 +66,6 @@ def result_path(theme: str, device: str = "cpu") -> Path:
 
 def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Writes settings, hardware, command and rows as PATH.json."""
-    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+    command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     content = {"command": command, "hardware": hardware(device), "settings": settings, "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
