@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 from revnet.models.branches import norm
 from revnet.models.units import Branch, ResidualUnit, TransitionUnit
-from revnet.reversible import Activations, Merge, ReversibleBlock, ReversibleSequence, Split, set_activations
+from revnet.reversible import Activations, Merge, ReversibleBlock, ReversibleSequence, Split, Switched, set_activations
 
 __all__ = ["PreActResNet", "RevNet"]
 
 
 @torch.fx.wrap
-def _check_images(x: Tensor, least: int) -> None:
+def _check_images(x: Tensor, channels: int, least: int) -> None:
+    if x.ndim == 4 and x.shape[1] != channels:
+        raise ValueError(
+            f"images of shape {tuple(x.shape)}: this network takes {channels} channels; convert the images or build it "
+            f"with in_channels={x.shape[1]}"
+        )
     if x.ndim != 4 or min(x.shape[-2:]) < least:
         raise ValueError(
             f"images of shape {tuple(x.shape)}: this network takes (batch, channels, height, width) with height and "
@@ -23,7 +28,7 @@ def _check_images(x: Tensor, least: int) -> None:
         )
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(Switched):
     """A pre-activation ResNet: stem, stages of residual units, BN-ReLU, global average pooling, linear layer.
 
     Source: He et al. 2016 (Identity Mappings in Deep Residual Networks), as configured by Gomez et al. 2017, table 1.
@@ -83,7 +88,6 @@ class PreActResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         self._initialise()
-        self.activations: Activations = "store"
         set_activations(self, self.default_activations if activations is None else activations)
 
     def _stage(
@@ -110,7 +114,7 @@ class PreActResNet(nn.Module):
         return ReversibleSequence([nn.Sequential(*modules)], self.activations)(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.total_stride)
+        _check_images(x, self.conv1.in_channels, self.total_stride)
         x = self._apart(x, self.conv1, self.bn1, self.relu, self.maxpool)
         for name in self.stage_names:
             x = getattr(self, name)(x)

@@ -3,7 +3,7 @@
 from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, ReversibleBlock, Step
 from revnet.reversible.evaluation import is_recomputing
 from revnet.reversible.halves import Merge, Split, split_halves
-from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence, set_activations
+from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence, Switched, set_activations
 from revnet.reversible.watch import ReconstructionError, ReconstructionWarning, Watch
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ReversibleSequence",
     "Split",
     "Step",
+    "Switched",
     "Watch",
     "is_recomputing",
     "set_activations",

@@ -5,17 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from revnet.reversible.drift import Sample
+from revnet.reversible.layer import State, as_state
 
 __all__ = ["Autocast", "Evaluation", "call", "evaluate", "is_recomputing", "observe", "recording"]
 
 T = TypeVar("T")
 Slot = tuple[nn.Module, str, Tensor]
+_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, _InstanceNorm.forward)
 
 
 class _Local(threading.local):
@@ -23,6 +28,7 @@ class _Local(threading.local):
 
     recomputing = False
     tape: list[Evaluation] | None = None
+    sampling = False
 
 
 _local = _Local()
@@ -100,18 +106,26 @@ class Evaluation:
 
     Attributes:
         owners: the modules of the branch or layer that hold parameters or buffers.
+        modes: every module of it, with whether it was in training mode.
         parameters: every place that held a parameter, with the tensor it held at the time; under
             `torch.func.functional_call` that is not the one the module holds later.
         buffers: values before the first evaluation of the buffers that it changed and that its result may depend on.
         random: states of the random generators before it, or None if it drew nothing.
         device: where it ran.
+        sample: a few values of its result, to compare with the second one's; None if they are not to be compared.
     """
 
     owners: tuple[nn.Module, ...]
+    modes: tuple[tuple[nn.Module, bool], ...]
     parameters: tuple[Slot, ...]
     buffers: tuple[Slot, ...]
     random: tuple[Tensor, ...] | None
     device: torch.device
+    sample: Sample | None = None
+
+    def sampled(self, result: State) -> Evaluation:
+        """The same with a sample of its result."""
+        return replace(self, sample=Sample(result, exact=False))
 
     @contextmanager
     def aliased(self) -> Iterator[dict[int, Tensor]]:
@@ -122,9 +136,12 @@ class Evaluation:
         """
         aliases: dict[int, Tensor] = {}
         restore: list[tuple[dict[str, Any], str, Any]] = []
+        switched = [(module, training) for module, training in self.modes if module.training != training]
         was_recomputing = _local.recomputing
         _local.recomputing = True
         try:
+            for module, training in switched:
+                module.training = training
             for owner, name, parameter in self.parameters:
                 if id(parameter) not in aliases:
                     # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
@@ -141,6 +158,8 @@ class Evaluation:
         finally:
             for table, name, value in reversed(restore):
                 table[name] = value
+            for module, training in switched:
+                module.training = not training
             _local.recomputing = was_recomputing
 
     @contextmanager
@@ -151,16 +170,17 @@ class Evaluation:
 
 
 def _stateful_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor, int]]:
-    """Copies of the buffers whose value could enter the result and change with it: all but running statistics.
+    """Copies of the buffers whose value could enter the result and change: all but running statistics in training.
 
-    Normalisation in training mode writes its running statistics and never reads them (nor bumps their version), so
-    nothing needs to be kept for it.
+    torch's own normalisation in training mode writes its running statistics and never reads them (nor bumps their
+    version), so nothing needs to be kept for it.
     """
     found = []
     for owner in owners:
-        if owner._buffers and not isinstance(owner, _NormBase):
+        only_writes = isinstance(owner, _NormBase) and owner.training and type(owner).forward in _NORM_FORWARDS
+        if not only_writes:
             for name, value in owner._buffers.items():
-                if value is not None and owner.training:
+                if value is not None:
                     found.append((owner, name, value, value.clone(), value._version))
     return found
 
@@ -168,7 +188,8 @@ def _stateful_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str,
 def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -> tuple[T, Evaluation]:
     """Runs `compute`, the first evaluation of `module`, and notes what a second one needs."""
     tape, _local.tape = _local.tape, None
-    owners = tuple(m for m in module.modules() if m._parameters or m._buffers)
+    modes = tuple((m, m.training) for m in module.modules())
+    owners = tuple(m for m, _ in modes if m._parameters or m._buffers)
     try:
         before = _random_states(device)
         buffers = _stateful_buffers(owners)
@@ -180,10 +201,11 @@ def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -
     changed = tuple(
         (owner, name, copy)
         for owner, name, value, copy, version in buffers
-        if owner._buffers[name] is not value or value._version != version
+        # In evaluation mode the statistics are read, and a later step in training mode may change them.
+        if owner._buffers[name] is not value or value._version != version or isinstance(owner, _NormBase)
     )
     slots = tuple((m, n, p) for m in owners for n, p in m._parameters.items() if p is not None)
-    return result, Evaluation(owners, slots, changed, before if drew else None, device)
+    return result, Evaluation(owners, modes, slots, changed, before if drew else None, device)
 
 
 def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
@@ -193,7 +215,21 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
     in every mode in the same order.
     """
     x = x.view_as(x)
-    return module(x) if context is None else module(x, context)
+    version = _version(x)
+    result = module(x) if context is None else module(x, context)
+    if _version(x) != version:
+        raise ValueError(
+            f"{type(module).__name__} changes its input in place, and its input is a half of the state that others "
+            f"still read; begin the branch with an operation that does not (inplace=False)"
+        )
+    return result
+
+
+def _version(x: Tensor) -> int:
+    """How often `x` was changed in place; 0 where a tensor does not count that or a trace runs."""
+    if not isinstance(x, Tensor) or x.is_inference() or torch.compiler.is_compiling():
+        return 0
+    return x._version
 
 
 def evaluate(branch: nn.Module, x: Tensor, context: Any = None) -> Any:
@@ -202,15 +238,15 @@ def evaluate(branch: nn.Module, x: Tensor, context: Any = None) -> Any:
     if tape is None:
         return call(branch, x, context)
     result, evaluation = observe(branch, x.device, lambda: call(branch, x, context))
-    tape.append(evaluation)
+    tape.append(evaluation.sampled(as_state(result, branch)) if _local.sampling else evaluation)
     return result
 
 
 @contextmanager
-def recording() -> Iterator[list[Evaluation]]:
-    """Collects one `Evaluation` for each branch evaluated inside, in order."""
-    outer, _local.tape = _local.tape, []
+def recording(sampling: bool = False) -> Iterator[list[Evaluation]]:
+    """Collects one `Evaluation` for each branch evaluated inside, in order; `sampling`: with a sample of its result."""
+    outer, _local.tape, _local.sampling = (_local.tape, _local.sampling), [], sampling
     try:
         yield _local.tape
     finally:
-        _local.tape = outer
+        _local.tape, _local.sampling = outer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from revnet.reversible.coupling import Addition, Coupling, Step
 from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Autocast, Evaluation, call, observe, recording
-from revnet.reversible.layer import State, apply_layer, invert_layer
+from revnet.reversible.halves import Merge, Split
+from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
 
 __all__ = ["Run", "apply_run"]
 
@@ -32,19 +33,30 @@ class Run:
         first: number of the first of them in its sequence.
         reconstruct: for each layer, whether its input is reconstructed from its output (True) or kept (False).
         exact: whether the stream is on the fixed-point grid.
+        tolerance: relative difference from which a branch's two evaluations are called different; None: not compared.
         report: receives the reconstruction error of every backward pass over the run.
+        inspected: the runs of the sequence, by their first layer, whose branches were found to hide no tensors.
     """
 
     layers: tuple[nn.Module, ...]
     first: int
     reconstruct: tuple[bool, ...]
     exact: bool
+    tolerance: float | None
     report: Callable[[Tensor], None]
+    inspected: set[int]
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, each once."""
-        unique = {id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}
-        return list(unique.values())
+        unique = {id(p): p for layer in self.layers for p in layer.parameters()}
+        if any(type(p) not in (nn.Parameter, Tensor) for p in unique.values()):
+            _check_unsharded(self)
+        return [p for p in unique.values() if p.requires_grad]
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules with their names in the sequence."""
+        for index, layer in enumerate(self.layers, self.first):
+            yield from layer.named_modules(prefix=str(index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,30 +124,31 @@ class _ReversibleFunction(torch.autograd.Function):
         state = tuple(x.detach() for x in state)
         context_tensors = [c.detach() for c in context_tensors]
         context = job.context.rebuild(context_tensors)
-        device = state[0].device
-        ctx.autocast = Autocast.current(device)
+        ctx.autocast = Autocast.current(state[0].device)
         ctx.set_materialize_grads(False)
         saved: list[Tensor] = []
         traces: list[_Trace] = []
         follows_known = True
+        pairs = zip(job.run.layers, job.run.reconstruct, strict=True)
+        watched = any(reconstruct and not isinstance(layer, Split | Merge) for layer, reconstruct in pairs)
         for layer, reconstruct in zip(job.run.layers, job.run.reconstruct, strict=True):
-            begins = Sample(state, job.run.exact) if reconstruct and follows_known else None
+            begins = Sample(state, job.run.exact) if watched and reconstruct and follows_known else None
             if not reconstruct:
                 saved.extend(state)
             kept = 0 if reconstruct else len(state)
             if reconstruct and isinstance(layer, Coupling):
-                with recording() as evaluations:
+                with recording(job.run.tolerance is not None) as evaluations:
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
                 _check_all_in_branches(layer, evaluations)
             else:
-                state, log_det, evaluation = _observed(layer, state, context, log_det, device, job.run.exact)
+                state, log_det, evaluation = _observed(job.run, layer, state, context, log_det)
                 evaluations = [evaluation]
             traces.append(_Trace(kept, tuple(evaluations), begins))
             follows_known = not reconstruct
         if job.run.reconstruct[-1]:
             saved.extend(state)
         ctx.job, ctx.traces = job, traces
-        ctx.versions = [p._version for p in job.parameters]
+        ctx.versions = [(p, p._version) for layer in job.run.layers for p in layer.parameters()]
         # The traces hold the parameters: saving them here too would let saved-tensor hooks move them about.
         ctx.save_for_backward(*saved, *job.unpack(tensors)[2])
         return state if log_det is None else (*state, log_det)
@@ -149,14 +162,17 @@ class _ReversibleFunction(torch.autograd.Function):
                 '(create_graph=True); switch it to activations="store", where that works'
             )
         job: _Job = ctx.job
-        _check_unchanged(job, ctx.versions)
+        _check_unchanged(job.run, ctx.versions)
+        for layer in job.run.layers:
+            if isinstance(layer, Coupling):
+                layer.exact = job.run.exact  # it may have been switched since
         saved = list(ctx.saved_tensors)
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             ctx.maybe_clear_saved_tensors()
         context = [saved.pop() for _ in range(job.context.count)][::-1]
         grad_log_det = grads.pop() if job.has_log_det else None
         needs = ctx.needs_input_grad[1 : 1 + job.states]
-        replay = _Replay(ctx.autocast, job.run.exact, job.context, context, grad_log_det)
+        replay = _Replay(ctx.autocast, job.run, job.context, context, grad_log_det)
         kept = sum(trace.kept for trace in ctx.traces)
         state = saved[kept:]
         del saved[kept:]
@@ -180,6 +196,7 @@ class _ReversibleFunction(torch.autograd.Function):
                 errors.append(trace.sample.error(tuple(state)))
         if errors:
             job.run.report(torch.stack(errors).amax())
+        job.run.inspected.add(job.run.first)
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
         flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.parameters)]
@@ -187,10 +204,26 @@ class _ReversibleFunction(torch.autograd.Function):
 
 
 def _observed(
-    layer: nn.Module, state: State, context: Any, log_det: Tensor | None, device: torch.device, exact: bool
+    run: Run, layer: nn.Module, state: State, context: Any, log_det: Tensor | None
 ) -> tuple[State, Tensor | None, Evaluation]:
-    (state, log_det), evaluation = observe(layer, device, lambda: apply_layer(layer, state, context, log_det, exact))
-    return state, log_det, evaluation
+    (output, log_det), evaluation = observe(
+        layer, state[0].device, lambda: apply_layer(layer, state, context, log_det, run.exact)
+    )
+    return output, log_det, evaluation if run.tolerance is None else evaluation.sampled(output)
+
+
+def _check_unsharded(run: Run) -> None:
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, module in run.named_modules():
+        if isinstance(module, FSDPModule):
+            raise ValueError(
+                f"{name} of a reversible sequence was given to fully_shard, whose hooks do not reach the second "
+                f"evaluation of a branch; give it the whole sequence or the network instead, or keep the activations "
+                f'of that layer (activations="store")'
+            )
 
 
 def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:
@@ -203,12 +236,12 @@ def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> No
             )
 
 
-def _check_unchanged(job: _Job, versions: list[int]) -> None:
-    for parameter, version in zip(job.parameters, versions, strict=True):
+def _check_unchanged(run: Run, versions: list[tuple[Tensor, int]]) -> None:
+    for parameter, version in versions:
         if parameter._version != version:
             named = [
                 name
-                for index, layer in enumerate(job.run.layers, job.run.first)
+                for index, layer in enumerate(run.layers, run.first)
                 for name, p in layer.named_parameters(str(index))
                 if p is parameter
             ]
@@ -224,13 +257,13 @@ class _Replay:
     def __init__(
         self,
         autocast: Autocast,
-        exact: bool,
+        run: Run,
         structure: _Context,
         context: list[Tensor],
         grad_log_det: Tensor | None,
     ) -> None:
         self.autocast = autocast
-        self.exact = exact
+        self.run = run
         self.grad_log_det = grad_log_det
         self.context_aliases = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.context = structure.rebuild(self.context_aliases)
@@ -255,6 +288,7 @@ class _Replay:
             x = state[other].detach().requires_grad_(needed and _is_differentiable(state[other]))
             with torch.set_grad_enabled(wanted), evaluation.surroundings(self.autocast):
                 h = call(step.branch, x, self.context)
+            self._compare(step.branch, evaluation, as_state(h, step.branch))
             with torch.no_grad():
                 state[moved] = step.rule.undo(state[moved], h)
             if not wanted:
@@ -302,11 +336,24 @@ class _Replay:
             ]
             with torch.enable_grad(), evaluation.surroundings(self.autocast):
                 start = None if self.grad_log_det is None else torch.zeros_like(self.grad_log_det)
-                output, log_det = apply_layer(layer, tuple(leaves), self.context, start, self.exact)
+                output, log_det = apply_layer(layer, tuple(leaves), self.context, start, self.run.exact)
+            self._compare(layer, evaluation, output)
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
             del output, log_det
             grads.clear()
             grads.extend(self._product(outputs, leaves, aliases))
+
+    def _compare(self, module: nn.Module, evaluation: Evaluation, result: State) -> None:
+        if evaluation.sample is None or self.run.tolerance is None:
+            return
+        difference = evaluation.sample.error(result).item()
+        if difference > self.run.tolerance:
+            name = next(name for name, found in self.run.named_modules() if found is module)
+            raise RuntimeError(
+                f"{name} ({type(module).__name__}) of a reversible sequence is not deterministic: the result of its "
+                f"second evaluation is {difference:.1e} off that of the first (relative); let it draw from torch's "
+                f'default generators and keep its state in buffers, or keep its activations (activations="store")'
+            )
 
     def _product(
         self, outputs: list[tuple[Any, Tensor | None]], leaves: list[Tensor], aliases: dict[int, Tensor]
@@ -327,6 +374,8 @@ class _Replay:
         targets = [x for x in leaves if x.requires_grad] + [alias for _, alias in shared]
         if not edges or not targets:
             return [None] * len(leaves)
+        if self.run.first not in self.run.inspected:
+            _check_nothing_hidden([edge.node for edge in edges], targets)
         found = list(torch.autograd.grad(edges, targets, cotangents, allow_unused=True))
         products = [found.pop(0) if x.requires_grad else None for x in leaves]
         for (key, _), gradient in zip(shared, found, strict=True):
@@ -335,6 +384,22 @@ class _Replay:
                 assert total is not None
                 self.sums[key] = total
         return products
+
+
+def _check_nothing_hidden(nodes: list[Any], targets: list[Tensor]) -> None:
+    """Finds tensors that a branch uses without holding them as parameters: their gradient would be lost."""
+    known, seen = {id(t) for t in targets}, set(nodes)
+    while nodes:
+        node = nodes.pop()
+        hidden = getattr(node, "variable", None)  # of a node that accumulates the gradient of a leaf
+        if hidden is not None and id(hidden) not in known:
+            raise TypeError(
+                f"a branch of a reversible sequence uses a tensor of shape {tuple(hidden.shape)} that requires grad "
+                f"and is none of its parameters: it would get no gradient. Register it, or the module that holds it (in an "
+                f"nn.ModuleList instead of a list), or pass it as context"
+            )
+        nodes += [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(nodes)
 
 
 def _is_differentiable(x: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from revnet.reversible.halves import Merge, Split
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
 from revnet.reversible.watch import Watch
 
-__all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "set_activations"]
+__all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "Switched", "set_activations"]
 
 Activations = str | Sequence[str]
 # What `exact=None` means.
@@ -34,12 +34,14 @@ def _checked(value: Any) -> str:
 
 
 def _ordinary_only() -> bool:
-    """Where a custom Function cannot go: under torch.func, forward-mode AD, tracing and export."""
+    """Where a custom Function cannot go: torch.func, forward-mode AD, tracing, export, cached parametrizations."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()
         or torch.compiler.is_exporting()
+        # Cached weights are computed outside of the branches: nothing inside could send them a gradient.
+        or torch.nn.utils.parametrize._cache_enabled > 0
     )
 
 
@@ -73,6 +75,9 @@ class ReversibleSequence(nn.ModuleList):
             of reconstructed layers, measured on a sample of their input that covers every channel; a 0-dim tensor on
             the device, or None where nothing has been reconstructed yet.
         watch: the thresholds of that error, `watch.warn_above` and `watch.raise_above`; see `Watch`.
+        check_determinism: True compares a few values of what a branch (a recomputed layer) returns in the backward pass
+            with those of the forward pass and raises RuntimeError, naming it, where they differ by more than
+            `watch.warn_above` allows. It waits for the device at every branch: for debugging. False by default.
 
     Memory under "reconstruct" is the sequence's output and the activations of one branch, whatever the depth. Use
     "store" where memory is not short: it is the fastest. Under "recompute" and "reconstruct" the graph is
@@ -90,12 +95,15 @@ class ReversibleSequence(nn.ModuleList):
         True
     """
 
+    check_determinism = False
+
     def __init__(
         self, layers: Iterable[nn.Module], activations: Activations = "reconstruct", exact: bool | None = None
     ) -> None:
         super().__init__(layers)
         self.exact = exact
         self._errors: dict[int, Tensor] = {}
+        self._inspected: set[int] = set()
         self.watch = Watch()
         self.activations = activations
 
@@ -106,22 +114,25 @@ class ReversibleSequence(nn.ModuleList):
 
     @activations.setter
     def activations(self, activations: Activations) -> None:
-        if isinstance(activations, str):
-            self._activations: Activations = _checked(activations)
-        else:
-            plan = tuple(_checked(value) for value in activations)
-            if len(plan) != len(self):
-                raise ValueError(
-                    f"activations: a plan needs one value for each layer; got {len(plan)} values for {len(self)} layers"
-                )
-            for index, (value, layer) in enumerate(zip(plan, self, strict=True)):
-                if value == "reconstruct" and not is_invertible(layer):
-                    raise ValueError(
-                        f"activations: the plan asks layer {index} ({type(layer).__name__}) to reconstruct, but it has "
-                        f'no inverse; give it "recompute" or "store"'
-                    )
-            self._activations = plan
+        self._activations = self.checked(activations)
         self._errors.clear()
+
+    def checked(self, activations: Activations) -> Activations:
+        """The value, or the plan as a tuple; ValueError if this sequence cannot take it."""
+        if isinstance(activations, str):
+            return _checked(activations)
+        plan = tuple(_checked(value) for value in activations)
+        if len(plan) != len(self):
+            raise ValueError(
+                f"activations: a plan needs one value for each layer; got {len(plan)} values for {len(self)} layers"
+            )
+        for index, (value, layer) in enumerate(zip(plan, self, strict=True)):
+            if value == "reconstruct" and not is_invertible(layer):
+                raise ValueError(
+                    f"activations: the plan asks layer {index} ({type(layer).__name__}) to reconstruct, but it has "
+                    f'no inverse; give it "recompute" or "store"'
+                )
+        return plan
 
     @property
     def reconstruction_error(self) -> Tensor | None:
@@ -135,7 +146,7 @@ class ReversibleSequence(nn.ModuleList):
         more than doing them again, so their input need not be kept.
         """
         if not isinstance(self._activations, str):
-            return tuple(self._activations)
+            return tuple(self.checked(self._activations))
         if self._activations == "store":
             return ("store",) * len(self)
         undone: Iterable[bool] = map(is_invertible, self)
@@ -166,6 +177,7 @@ class ReversibleSequence(nn.ModuleList):
             ValueError: a layer has no inverse.
         """
         state: State = (y1,) if y2 is None else (y1, y2)
+        self._settle_exact(state)
         for layer in reversed(self):
             state = invert_layer(layer, state, context)
         return _unwrap(state)
@@ -181,7 +193,7 @@ class ReversibleSequence(nn.ModuleList):
             state = as_stream(state)
             exact = self._settle_exact(state)
             autocast = Autocast.current(state[0].device).enabled
-            if exact and is_invertible(self[0]):
+            if exact and len(self) and is_invertible(self[0]):
                 state = on_grid(state)
             first = 0
             for layers, values in self._runs(state, context):
@@ -190,7 +202,9 @@ class ReversibleSequence(nn.ModuleList):
                         state, log_det = apply_layer(layer, state, context, log_det, exact)
                 else:
                     reconstruct = tuple(value == "reconstruct" for value in values)
-                    run = Run(layers, first, reconstruct, exact, partial(self._report, first, autocast, exact))
+                    tolerance = self.watch.tolerance(autocast, exact) if self.check_determinism else None
+                    report = partial(self._report, first, autocast, exact)
+                    run = Run(layers, first, reconstruct, exact, tolerance, report, self._inspected)
                     state, log_det = apply_run(run, state, context, log_det)
                 first += len(layers)
             return state, log_det
@@ -214,6 +228,13 @@ class ReversibleSequence(nn.ModuleList):
                         f"additive coupling, Split or Merge; use additive couplings, or exact=False"
                     )
         self._exact = exact
+
+    def __getitem__(self, index: Any) -> Any:
+        """A layer, or for a slice a sequence over these layers with their part of the plan."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        whole = self._activations
+        return ReversibleSequence(list(self)[index], whole if isinstance(whole, str) else whole[index], self._exact)
 
     def _report(self, first: int, autocast: bool, exact: bool, error: Tensor) -> None:
         self._errors[first] = error
@@ -281,6 +302,16 @@ def _check_state(state: State) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
 
 
+class Switched(nn.Module):
+    """A module that `set_activations` reaches besides the sequences: it passes parts of itself through the engine.
+
+    Attributes:
+        activations: a single value, as of a sequence.
+    """
+
+    activations: Activations = "store"
+
+
 def set_activations(module: nn.Module, activations: Activations) -> None:
     """Sets what becomes of the activations in every sequence of a live network.
 
@@ -299,18 +330,21 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
         >>> network = revnet38(num_classes=10)
         >>> set_activations(network, "recompute")
     """
-    parts = [m for m in module.modules() if isinstance(getattr(m, "activations", None), str | tuple)]
-    sequences = [m for m in parts if isinstance(m, ReversibleSequence)]
+    sequences = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
     if not sequences:
         raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
     if isinstance(activations, str):
-        for part in parts:
-            part.activations = _checked(activations)  # type: ignore[assignment]
+        _checked(activations)
+        for part in module.modules():
+            if isinstance(part, ReversibleSequence | Switched):
+                part.activations = activations
         return
     plan, total = tuple(activations), sum(map(len, sequences))
     if len(plan) != total:
         raise ValueError(
             f"activations: a plan needs one value for each layer; got {len(plan)} values for {total} layers"
         )
-    for sequence in sequences:
-        sequence.activations, plan = plan[: len(sequence)], plan[len(sequence) :]
+    starts = [0, *accumulate(map(len, sequences))]
+    shares = [s.checked(plan[a:b]) for s, (a, b) in zip(sequences, pairwise(starts), strict=True)]
+    for sequence, share in zip(sequences, shares, strict=True):
+        sequence.activations = share

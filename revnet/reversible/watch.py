@@ -49,11 +49,15 @@ class Watch:
         """Copies keep the thresholds; what is on its way from the device stays with the original."""
         return Watch, (self.warn_above, self.raise_above)
 
+    def tolerance(self, autocast: bool, exact: bool) -> float:
+        """The error above which to warn."""
+        if self.warn_above is not None:
+            return self.warn_above
+        return 0.0 if exact else 5e-2 if autocast else 1e-3
+
     def see(self, error: Tensor, autocast: bool, exact: bool) -> None:
         """Takes the error of one backward pass."""
-        warn_above = self.warn_above
-        if warn_above is None:
-            warn_above = 0.0 if exact else 5e-2 if autocast else 1e-3
+        warn_above = self.tolerance(autocast, exact)
         if error.device.type == "meta" or isinstance(error, FakeTensor):
             return  # nothing was computed
         if error.device.type == "cpu":

@@ -33,7 +33,7 @@ def test_gradients_are_bit_equal_to_exact_store(branch, memory_format, autocast)
         z, found, error = exact_step(activations, 8, branch, memory_format, autocast)
         assert torch.equal(y, z)
         assert all(map(torch.equal, found, truth))
-        assert error == 0
+        assert not error  # nothing is reconstructed under recompute, so nothing is measured
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from revnet import AdditiveCoupling, AffineCoupling, ReversibleBlock, ReversibleSequence, set_activations
-from revnet.reversible import Coupling, Merge, ReconstructionError, Split, Watch
-from tests.reversible.networks import basic, blocks, relative, sequence, step
+from revnet.reversible import Coupling, Merge, ReconstructionError, ReconstructionWarning, Split, Watch
+from tests.reversible.networks import BRANCHES, basic, blocks, relative, sequence, step
 from tests.reversible.test_memory import Transition
 
 VALUES = ("store", "recompute", "reconstruct")
@@ -315,3 +315,115 @@ def test_mixing_basic_and_other_layers_prints_readably():
     text = repr(ReversibleSequence([Split(), ReversibleBlock(basic(2), basic(2)), Merge()], "recompute"))
     assert "activations='recompute'" in text
     assert "Split(dim=1)" in text
+
+
+def test_a_tensor_that_a_branch_hides_is_found():
+    class Hides(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.layers = [nn.Conv2d(channels, channels, 1, dtype=torch.float64)]
+
+        def forward(self, x):
+            return self.layers[0](x)
+
+    with pytest.raises(TypeError, match=r"a tensor of shape .* none of its parameters"):
+        step(sequence("reconstruct", branch=Hides), torch.randn(2, 8, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("activations", VALUES)
+def test_a_branch_that_changes_its_input_in_place_is_refused(activations):
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    net = sequence(activations, branch=lambda c: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(c, c, 1)))
+    before = x.clone()
+    with pytest.raises(ValueError, match="changes its input in place"):
+        net(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("activations", VALUES[1:])
+@pytest.mark.parametrize("branch", [basic, BRANCHES["dropout"]], ids=["basic", "dropout"])
+def test_a_mode_switched_between_forward_and_backward_does_not_matter(activations, branch):
+    def gradients(value, switch):
+        net = sequence(value, branch=branch)
+        torch.manual_seed(4)
+        x = torch.randn(3, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+        loss = net(x).square().sum()
+        net.train(not switch)
+        loss.backward()
+        assert all(m.training != switch for m in net.modules())
+        return [x.grad, *(p.grad for p in net.parameters())]
+
+    assert relative(gradients(activations, True), gradients("store", False)) <= 1e-10
+
+
+def test_statistics_changed_between_a_forward_in_eval_mode_and_its_backward_do_not_matter():
+    x = torch.randn(3, 8, 4, 4, dtype=torch.float64)
+    for activations in VALUES[1:]:
+        net = sequence(activations).eval()
+        _, truth = step(net, x)
+        net.zero_grad()
+        leaf = x.clone().requires_grad_()
+        loss = net(leaf).square().mean()
+        net.train()
+        with torch.no_grad():
+            net(5 + 3 * x)
+        loss.backward()
+        assert relative([leaf.grad, *(p.grad for p in net.parameters())], truth) <= 1e-10
+
+
+def test_drift_of_a_single_example_is_seen():
+    class Spike(nn.Module):
+        def forward(self, x):
+            y = torch.zeros_like(x)
+            y[37] = 1e10
+            return y
+
+    net = ReversibleSequence([Split(), ReversibleBlock(Spike(), Spike()), Merge()])
+    with pytest.warns(ReconstructionWarning):
+        step(net, torch.randn(64, 8, 9, 7))
+
+
+def test_a_frozen_parameter_changed_in_place_is_named():
+    net = sequence("recompute")
+    net[2].requires_grad_(False)
+    y = net(torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True))
+    with torch.no_grad():
+        net[2].g[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"2\.g\.2\.weight"):
+        y.sum().backward()
+
+
+def test_cached_parametrizations_get_their_gradients():
+    def gradients(activations):
+        def branch(channels):
+            return nn.utils.parametrizations.weight_norm(nn.Conv2d(channels, channels, 1, dtype=torch.float64))
+
+        net = sequence(activations, branch=branch)
+        with nn.utils.parametrize.cached():
+            return step(net, torch.linspace(-1, 1, 256, dtype=torch.float64).view(2, 8, 4, 4))[1]
+
+    assert relative(gradients("reconstruct"), gradients("store")) <= 1e-10
+
+
+def test_a_slice_keeps_its_part_of_the_plan():
+    net = ReversibleSequence(blocks(4, 2), ["store", "recompute", "reconstruct", "store"], exact=True)
+    assert net[1:3].activations == ("recompute", "reconstruct")
+    assert net[1:3].exact is True
+    assert net[0] is next(iter(net))
+    net.append(blocks(1, 2)[0])
+    with pytest.raises(ValueError, match="4 values for 5 layers"):
+        net(*torch.randn(2, 2, 2, 4, 4, dtype=torch.float64))
+
+
+def test_a_plan_that_fails_leaves_every_sequence_as_it_was():
+    net = nn.Sequential(sequence("store", 1), ReversibleSequence([Transition(2)], "store"))
+    with pytest.raises(ValueError, match="to reconstruct"):
+        set_activations(net, ["recompute"] * 3 + ["reconstruct"])
+    assert net[0].activations == "store"
+
+
+def test_set_activations_leaves_other_attributes_of_that_name_alone():
+    net = nn.Sequential(sequence("store", 1), nn.Identity())
+    net[1].activations = "relu"
+    set_activations(net, "recompute")
+    assert net[1].activations == "relu"
