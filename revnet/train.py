@@ -40,9 +40,16 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Classifier]:
             f"model.num_classes={cfg.model.num_classes}, but the data has {data.num_classes} classes: "
             "leave model.num_classes out, or choose other data"
         )
+    network = instantiate(cfg.model, _convert_="all")
+    first = next((module for module in network.modules() if isinstance(module, torch.nn.Conv2d)), None)
+    if first is not None and first.in_channels != data.image_shape[0]:
+        raise ValueError(
+            f"the data has images of {data.image_shape[0]} channels, but the network takes {first.in_channels}: "
+            "set model.in_channels (+model.in_channels=... for revnet's networks), or choose other data"
+        )
     classifier = instantiate(
         cfg.classifier,
-        network=instantiate(cfg.model, _convert_="all"),
+        network=network,
         optimizer=instantiate(cfg.get("optimizer"), _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all"),
     )
@@ -68,8 +75,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     from revnet.training import TrainingMonitor, environment, load_weights, print_summary, read_checkpoint
 
-    if not isinstance(cfg.seed, int):
-        raise ValueError(f"seed={cfg.seed}: not an integer")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"seed={cfg.seed}: give an integer from 0 to 2**32 - 1")
+    if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
+        raise ValueError(f"threads={cfg.threads}: give a number of threads, at least 1, or null")
     pl.seed_everything(cfg.seed, workers=True)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

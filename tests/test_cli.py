@@ -13,7 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from revnet.cli import command, compose, mistake
+from revnet.cli import command, compose
+from revnet.mistakes import mistake
 from revnet.reversible import split_halves
 from revnet.training import read_checkpoint
 from tests.commands import invoke

@@ -173,7 +173,7 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["seed=early"], r"seed=early: not an integer"),
+        (["seed=early"], r"seed=early: give an integer from 0 to 2\*\*32 - 1"),
         (["seed=${nothing}"], r".*'nothing' not found.*"),
         (["model.num_classes=7"], r".*num_classes=7.* 10 classes.*"),
         (["model.activations=forget"], r"activations must be one of .*'forget'.*"),

@@ -395,8 +395,8 @@ def _check_nothing_hidden(nodes: list[Any], targets: list[Tensor]) -> None:
         if hidden is not None and id(hidden) not in known:
             raise TypeError(
                 f"a branch of a reversible sequence uses a tensor of shape {tuple(hidden.shape)} that requires grad "
-                f"and is none of its parameters: it would get no gradient. Register it, or the module that holds it (in an "
-                f"nn.ModuleList instead of a list), or pass it as context"
+                f"and is none of its parameters: it would get no gradient. Register it, or the module that holds it "
+                f"(in an nn.ModuleList instead of a list), or pass it as context"
             )
         nodes += [n for n, _ in node.next_functions if n is not None and n not in seen]
         seen.update(nodes)

@@ -67,6 +67,9 @@ class Classifier(pl.LightningModule):
                 if isinstance(module, _BatchNorm):
                     module.momentum = norm_momentum
         self.loss = loss if loss is not None else nn.CrossEntropyLoss()
+        smoothing = getattr(self.loss, "label_smoothing", 0.0)
+        if not 0 <= smoothing <= 1:
+            raise ValueError(f"label_smoothing={smoothing}: give a share from 0 to 1")
         self.config = config
         self._memory_format = memory_format
         self._optimizer = optimizer
