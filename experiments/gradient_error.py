@@ -74,7 +74,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.get_xaxis().set_major_formatter("{x:.0f}")
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(loc="center left")
+    axis.legend(loc="center right", bbox_to_anchor=(1, 0.3))
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 

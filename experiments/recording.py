@@ -68,4 +68,6 @@ def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], dev
     """Writes settings, hardware, command and rows as PATH.json."""
     command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     content = {"command": command, "hardware": hardware(device), "settings": settings, "rows": rows}
-    path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    # Paths are given from the root of the checkout, wherever that lay.
+    text = json.dumps(content, indent=2).replace(f"{ROOT}/", "")
+    path.with_suffix(".json").write_text(text + "\n")

@@ -176,12 +176,12 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     left.bar_label(left.barh(names, [row["over_store"] for row in steps]), fmt="%.2f", padding=3)
     left.axvline(limit, color="gray", linestyle="--", label="store + a forward without gradients")
     left.set(xlabel="time of a step / store", xlim=(0, 2.2))
-    left.legend(loc="upper right", fontsize="small")
     left.invert_yaxis()
     right.bar_label(right.barh(names, [row["peak_bytes"] / 1e6 for row in steps], color="C1"), fmt="%.0f", padding=3)
     right.set(xlabel="peak of activations and temporaries, MB")
     right.margins(x=0.15)
     figure.suptitle(title)
+    figure.legend(loc="outside lower left", fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
