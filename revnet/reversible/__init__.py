@@ -3,7 +3,8 @@
 from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, ReversibleBlock, Step
 from revnet.reversible.evaluation import is_recomputing
 from revnet.reversible.halves import Merge, Split, split_halves
-from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence, Switched, set_activations
+from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence
+from revnet.reversible.switch import Switched, set_activations
 from revnet.reversible.watch import ReconstructionError, ReconstructionWarning, Watch
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,21 +13,21 @@ from torch.utils import _pytree as pytree
 
 from revnet.reversible.coupling import Coupling
 from revnet.reversible.evaluation import Autocast
-from revnet.reversible.function import Run, apply_run
-from revnet.reversible.grid import GRID, check_dtype
+from revnet.reversible.function import apply_run
+from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Merge, Split
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
+from revnet.reversible.run import Run
 from revnet.reversible.watch import Watch
 
-__all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "Switched", "set_activations"]
+__all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "checked_value"]
 
 Activations = str | Sequence[str]
-# What `exact=None` means.
-EXACT_DEFAULT = False
 ACTIVATIONS = ("store", "recompute", "reconstruct")
 
 
-def _checked(value: Any) -> str:
+def checked_value(value: Any) -> str:
+    """`value`, if it is one of `ACTIVATIONS`; else ValueError."""
     if value not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(map(repr, ACTIVATIONS))}; got {value!r}")
     return value
@@ -120,8 +120,8 @@ class ReversibleSequence(nn.ModuleList):
     def checked(self, activations: Activations) -> Activations:
         """The value, or the plan as a tuple; ValueError if this sequence cannot take it."""
         if isinstance(activations, str):
-            return _checked(activations)
-        plan = tuple(_checked(value) for value in activations)
+            return checked_value(activations)
+        plan = tuple(checked_value(value) for value in activations)
         if len(plan) != len(self):
             raise ValueError(
                 f"activations: a plan needs one value for each layer; got {len(plan)} values for {len(self)} layers"
@@ -241,9 +241,7 @@ class ReversibleSequence(nn.ModuleList):
         self.watch.see(error, autocast, exact)
 
     def _settle_exact(self, state: State) -> bool:
-        exact = EXACT_DEFAULT and all(map(_can_be_exact, self)) and all(x.dtype in GRID for x in state)
-        if self._exact is not None:
-            exact = self._exact
+        exact = bool(self._exact)
         if exact:
             for x in state:
                 check_dtype(x)
@@ -300,51 +298,3 @@ def _check_state(state: State) -> None:
     for name, x in zip(("x1", "x2"), state, strict=False):
         if not isinstance(x, Tensor | torch.fx.Proxy):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
-
-
-class Switched(nn.Module):
-    """A module that `set_activations` reaches besides the sequences: it passes parts of itself through the engine.
-
-    Attributes:
-        activations: a single value, as of a sequence.
-    """
-
-    activations: Activations = "store"
-
-
-def set_activations(module: nn.Module, activations: Activations) -> None:
-    """Sets what becomes of the activations in every sequence of a live network.
-
-    Args:
-        module: a network or a sequence.
-        activations: "store", "recompute" or "reconstruct" for all its parts (a stem or tail outside the sequences
-            included); or a plan, one value for each layer of its sequences in the order of `module.modules()`.
-
-    Raises:
-        ValueError: the module has no sequence, an unknown value, a plan of the wrong length or that asks a layer
-            without an inverse to reconstruct.
-
-    Example:
-        >>> from revnet import set_activations
-        >>> from revnet.models import revnet38
-        >>> network = revnet38(num_classes=10)
-        >>> set_activations(network, "recompute")
-    """
-    sequences = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
-    if not sequences:
-        raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
-    if isinstance(activations, str):
-        _checked(activations)
-        for part in module.modules():
-            if isinstance(part, ReversibleSequence | Switched):
-                part.activations = activations
-        return
-    plan, total = tuple(activations), sum(map(len, sequences))
-    if len(plan) != total:
-        raise ValueError(
-            f"activations: a plan needs one value for each layer; got {len(plan)} values for {total} layers"
-        )
-    starts = [0, *accumulate(map(len, sequences))]
-    shares = [s.checked(plan[a:b]) for s, (a, b) in zip(sequences, pairwise(starts), strict=True)]
-    for sequence, share in zip(sequences, shares, strict=True):
-        sequence.activations = share

@@ -1,0 +1,82 @@
+"""Consecutive layers of a sequence that one autograd Function evaluates, and the extra inputs of their branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["ContextStructure", "Run"]
+
+_TENSOR = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive layers of a sequence that share one Function.
+
+    Attributes:
+        layers: the layers in forward order.
+        first: number of the first of them in its sequence.
+        reconstruct: for each layer, whether its input is reconstructed from its output (True) or kept (False).
+        exact: whether the stream is on the fixed-point grid.
+        tolerance: relative difference from which a branch's two evaluations are called different; None: not compared.
+        report: receives the reconstruction error of every backward pass over the run.
+        inspected: the runs of the sequence, by their first layer, whose branches were found to hide no tensors.
+    """
+
+    layers: tuple[nn.Module, ...]
+    first: int
+    reconstruct: tuple[bool, ...]
+    exact: bool
+    tolerance: float | None
+    report: Callable[[Tensor], None]
+    inspected: set[int]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, each once."""
+        unique = {id(p): p for layer in self.layers for p in layer.parameters()}
+        if any(type(p) not in (nn.Parameter, Tensor) for p in unique.values()):
+            _check_unsharded(self)
+        return [p for p in unique.values() if p.requires_grad]
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules with their names in the sequence."""
+        for index, layer in enumerate(self.layers, self.first):
+            yield from layer.named_modules(prefix=str(index))
+
+
+class ContextStructure:
+    """The structure of the branches' extra inputs: any nesting of tuples, lists and dicts that holds tensors."""
+
+    def __init__(self, context: Any) -> None:
+        leaves, self.spec = pytree.tree_flatten(context)
+        self.constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.count = sum(constant is _TENSOR for constant in self.constants)
+
+    @staticmethod
+    def tensors(context: Any) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
+
+    def rebuild(self, tensors: list[Tensor]) -> Any:
+        rest = iter(tensors)
+        leaves = [next(rest) if constant is _TENSOR else constant for constant in self.constants]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _check_unsharded(run: Run) -> None:
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, module in run.named_modules():
+        if isinstance(module, FSDPModule):
+            raise ValueError(
+                f"{name} of a reversible sequence was given to fully_shard, whose hooks do not reach the second "
+                f"evaluation of a branch; give it the whole sequence or the network instead, or keep the activations "
+                f'of that layer (activations="store")'
+            )
