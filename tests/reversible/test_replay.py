@@ -187,3 +187,20 @@ def test_buffers_that_an_evaluation_reads_and_changes(activations):
     _, found = step(net, x)
     assert relative(found, truth) <= 1e-10
     assert all(torch.equal(a, b) for a, b in zip(stored.buffers(), net.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("activations", SAVING)
+def test_half_precision_with_a_gradient_scaler(activations, device):
+    def gradients(value):
+        net = sequence(value, 2, 8, dtype=torch.float32).to(device)
+        optimizer = torch.optim.SGD(net.parameters(), 0.0)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+        torch.manual_seed(4)
+        with torch.autocast(device, torch.float16):
+            y = net(torch.randn(4, 16, 8, 8).to(device))
+        scaler.scale(y.square().mean()).backward()
+        scaler.unscale_(optimizer)
+        return [p.grad for p in net.parameters()]
+
+    assert relative(gradients(activations), gradients("store")) <= (0 if activations == "recompute" else 2e-2)
