@@ -1,10 +1,18 @@
 """Small branches and sequences that the engine's tests share."""
 
+import pytest
 import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split
+
+# The ways to have gradients without keeping activations. What is promised holds in each.
+MODES = pytest.mark.parametrize(
+    ("activations", "exact"),
+    [(activations, exact) for activations in ("recompute", "reconstruct") for exact in (False, True)],
+    ids=["recompute", "recompute-exact", "reconstruct", "reconstruct-exact"],
+)
 
 
 class DropPath(nn.Module):
@@ -71,9 +79,9 @@ def blocks(depth, channels, branch=basic, dtype=torch.float64):
         return [ReversibleBlock(branch(channels), branch(channels)).to(dtype) for _ in range(depth)]
 
 
-def sequence(activations, depth=4, channels=4, branch=basic, dtype=torch.float64, dim=1):
+def sequence(activations, depth=4, channels=4, branch=basic, dtype=torch.float64, dim=1, exact=None):
     """One tensor in, one tensor out."""
-    return ReversibleSequence([Split(dim), *blocks(depth, channels, branch, dtype), Merge(dim)], activations)
+    return ReversibleSequence([Split(dim), *blocks(depth, channels, branch, dtype), Merge(dim)], activations, exact)
 
 
 def step(module, x, seed=5, loss=lambda y: y.square().mean(), **kwargs):
@@ -90,3 +98,10 @@ def relative(found, truth):
     """||found - truth|| / ||truth|| over whole lists of gradients."""
     found, truth = (torch.cat([g.flatten().double() for g in gs]) for gs in (found, truth))
     return ((found - truth).norm() / truth.norm()).item()
+
+
+def same(found, truth, exact):
+    """Whether gradients are those of store: to the bit in exact mode, to the rounding of float64 otherwise."""
+    assert [g is None for g in found] == [g is None for g in truth]
+    found, truth = ([g for g in gs if g is not None] for gs in (found, truth))
+    return all(map(torch.equal, found, truth)) if exact else relative(found, truth) <= 1e-10
