@@ -227,7 +227,7 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
 
 def _version(x: Tensor) -> int:
     """How often `x` was changed in place; 0 where a tensor does not count that or a trace runs."""
-    if not isinstance(x, Tensor) or x.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.is_inference():
         return 0
     return x._version
 

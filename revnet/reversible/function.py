@@ -35,6 +35,11 @@ class _Trace:
 
 def apply_run(run: Run, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
     """The output of the run's layers, and `log_det` plus their log-determinants if it is not None."""
+    if torch.compiler.is_compiling():
+        # The compiler would give the first evaluation of a branch and the second, which needs a graph, other bits.
+        from revnet.reversible.eager import apply_run_eagerly
+
+        return apply_run_eagerly(run, state, context, log_det)
     structure = ContextStructure(context)
     inputs = [*state, *([] if log_det is None else [log_det])]
     parameters = run.parameters()

@@ -101,7 +101,10 @@ class Replay:
             ]
             with torch.enable_grad(), evaluation.surroundings(self.autocast):
                 start = None if self.grad_log_det is None else torch.zeros_like(self.grad_log_det)
-                output, log_det = apply_layer(layer, tuple(leaves), self.context, start, self.run.exact)
+                # Views, because hooks on the inputs of a module (those of torch's counters) refuse leaves here.
+                inputs = tuple(x.view_as(x) for x in leaves)
+                output, log_det = apply_layer(layer, inputs, self.context, start, self.run.exact)
+                del inputs
             self._compare(layer, evaluation, output)
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
             del output, log_det

@@ -251,14 +251,12 @@ class ReversibleSequence(nn.ModuleList):
         return exact
 
     def _traced(self, state: State, context: Any) -> State:
-        """In a symbolic trace a sequence is a leaf, which keeps its memory saving; the root is its layers."""
+        """In a symbolic trace a sequence is a leaf, which keeps its memory saving."""
         tracer = state[0].tracer  # type: ignore[attr-defined]
-        if tracer.root is not self:
-            arguments = (*state, *([None] * (2 - len(state))), context)
-            return (tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {}),)
-        for layer in self:
-            state, _ = apply_layer(layer, state, context)
-        return state
+        if tracer.root is self:
+            raise TypeError("a reversible sequence is a leaf of symbolic traces; trace a module that holds it")
+        arguments = (*state, *([None] * (2 - len(state))), context)
+        return (tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {}),)
 
     def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[str, ...]]]:
         """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function)."""

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from revnet import is_recomputing
+from revnet import ReversibleSequence, is_recomputing
+from revnet.models import revnet38
 from revnet.profiling import MemoryTimeline
 from revnet.reversible import Watch
-from tests.reversible.networks import BRANCHES, MODES, same, sequence, step
+from tests.reversible.networks import BRANCHES, MODES, blocks, same, sequence, step
 
 VALUES = ("store", "recompute", "reconstruct")
 
@@ -191,6 +193,29 @@ def test_every_way_of_keeping_activations_loads_the_weights_of_every_other(activ
             net = sequence(activations, exact=exact)
             net.load_state_dict(torch.load(saved(source.state_dict()), weights_only=True), strict=True)
             assert all(map(torch.equal, net.state_dict().values(), source.state_dict().values()))
+
+
+@MODES
+def test_flop_counter_finds_four_thirds_of_a_store_step(activations, exact):
+    def flops(value):
+        net = ReversibleSequence(blocks(4, 4), value, exact)
+        halves = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            y1, y2 = net(*halves)
+            (y1 + y2).sum().backward()
+        return counter.get_total_flops()
+
+    assert 3 * flops(activations) == 4 * flops("store") > 0
+
+
+@MODES
+def test_flop_counter_works_over_a_whole_network(activations, exact):
+    def flops(value):
+        with FlopCounterMode(display=False) as counter:
+            revnet38(activations=value, exact=exact)(torch.randn(2, 3, 32, 32)).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(activations) / flops("store") == pytest.approx(4 / 3, rel=1e-2)
 
 
 class Around(nn.Module):

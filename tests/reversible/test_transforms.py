@@ -49,6 +49,39 @@ def compiles(test):
     return ignored(pytest.mark.usefixtures("_fresh_compiler")(test))
 
 
+@MODES
+@pytest.mark.parametrize("branch", ["basic", "dropout"])
+@compiles
+def test_a_compiled_network_has_the_gradients_and_statistics_of_store(activations, exact, branch, images):
+    truth = Network("store", exact, BRANCHES[branch])
+    net = Network(activations, exact, BRANCHES[branch])
+    compiled = torch.compile(net)
+    for _ in range(2):
+        _, expected = step(truth, images)
+        _, found = step(compiled, images)
+    # In exact mode a rounding in the compiled stem can move the state by a step of the grid.
+    assert relative(found, expected) <= (1e-7 if exact else 1e-10)
+    for a, b in zip(net.buffers(), truth.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@compiles
+def test_store_compiles_into_one_graph(exact, images):
+    _, truth = step(Network("store", exact), images)
+    _, found = step(torch.compile(Network("store", exact), fullgraph=True, backend="aot_eager"), images)
+    assert relative(found, truth) <= (1e-7 if exact else 1e-10)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@MODES
+@compiles
+def test_fullgraph_is_refused_with_the_reason_where_activations_are_not_kept(activations, exact, images):
+    compiled = torch.compile(Network(activations, exact), fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"reason: .*reversible sequence"):
+        compiled(images)
+
+
 def with_compiled_branches(activations, exact, branch, depth):
     net = sequence(activations, depth, 4, branch, exact=exact)
     for block in net[1:-1]:
@@ -155,6 +188,12 @@ def test_a_sequence_is_a_leaf_of_a_symbolic_trace_and_keeps_its_gradients(activa
     _, truth = step(Network("store", exact), images)
     assert same(found, truth, exact)
     assert (net.body.reconstruction_error is not None) == (activations == "reconstruct")
+
+
+@MODES
+def test_a_symbolic_trace_of_a_sequence_itself_is_refused_with_the_remedy(activations, exact):
+    with pytest.raises(TypeError, match="trace a module that holds it"):
+        torch.fx.symbolic_trace(sequence(activations, exact=exact))
 
 
 @pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
