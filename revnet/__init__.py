@@ -5,6 +5,7 @@ from revnet.reversible import (
     AffineCoupling,
     ReversibleBlock,
     ReversibleSequence,
+    compile_branches,
     is_recomputing,
     set_activations,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "AffineCoupling",
     "ReversibleBlock",
     "ReversibleSequence",
+    "compile_branches",
     "is_recomputing",
     "set_activations",
 ]

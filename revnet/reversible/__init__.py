@@ -1,5 +1,6 @@
 """The reversible engine: couplings, sequences of them, and the backward pass that keeps no activations."""
 
+from revnet.reversible.compile import compile_branches
 from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, ReversibleBlock, Step
 from revnet.reversible.evaluation import is_recomputing
 from revnet.reversible.halves import Merge, Split, split_halves
@@ -22,6 +23,7 @@ __all__ = [
     "Step",
     "Switched",
     "Watch",
+    "compile_branches",
     "is_recomputing",
     "set_activations",
     "split_halves",

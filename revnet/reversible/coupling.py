@@ -69,6 +69,11 @@ def _check_branch_output(h: Any, x: Tensor) -> None:
             f"it returned {tuple(h.shape)}, the half is {tuple(x.shape)}; "
             f"change the branch's output channels or stride, or split the state evenly"
         )
+    if h.dtype != x.dtype and torch.promote_types(h.dtype, x.dtype) != x.dtype:
+        raise TypeError(
+            f"a residual branch must keep the dtype of the half that it is added to, or a narrower one: "
+            f"it returned {h.dtype}, the half is {x.dtype}; convert the branch's output or the state"
+        )
 
 
 def _log_scale_and_shift(h: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,11 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils import _pytree as pytree
 
 from revnet.reversible.drift import Sample
 from revnet.reversible.layer import State, as_state
 
-__all__ = ["Autocast", "Evaluation", "call", "evaluate", "is_recomputing", "observe", "recording"]
+__all__ = [
+    "Autocast",
+    "Evaluation",
+    "call",
+    "evaluate",
+    "is_differentiable",
+    "is_recomputing",
+    "modules_in",
+    "observe",
+    "recording",
+]
 
 T = TypeVar("T")
 Slot = tuple[nn.Module, str, Tensor]
@@ -63,11 +74,13 @@ class Autocast:
     def enabled(self) -> bool:
         return any(enabled for _, enabled, _ in self.settings)
 
+    def to_restore(self) -> Autocast | None:
+        """Itself; None where autocast is off now as it was then, so that nothing has to be restored."""
+        off = not self.enabled and not any(torch.is_autocast_enabled(kind) for kind, _, _ in self.settings)
+        return None if off else self
+
     @contextmanager
-    def restored(self, device: torch.device) -> Iterator[None]:
-        if self == Autocast.current(device) and not self.enabled:
-            yield
-            return
+    def restored(self) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, enabled, dtype in self.settings:
                 # Without the weight cache: a weight used twice would otherwise sum its gradient in half precision.
@@ -88,12 +101,11 @@ def _random_states(device: torch.device) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _random_replayed(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
-    if states is None:
-        yield
-        return
+def _random_replayed(
+    states: tuple[Tensor, ...], device: torch.device, inner: AbstractContextManager[None]
+) -> Iterator[None]:
     devices, kind = ([device], device.type) if _has_generator(device) else ([], "cuda")
-    with torch.random.fork_rng(devices, device_type=kind):
+    with torch.random.fork_rng(devices, device_type=kind), inner:
         torch.set_rng_state(states[0])
         if devices:
             torch.get_device_module(device).set_rng_state(states[1], device)
@@ -162,11 +174,10 @@ class Evaluation:
                 module.training = not training
             _local.recomputing = was_recomputing
 
-    @contextmanager
-    def surroundings(self, autocast: Autocast) -> Iterator[None]:
-        """Random generators and autocast as they were during the first evaluation."""
-        with _random_replayed(self.random, self.device), autocast.restored(self.device):
-            yield
+    def surroundings(self, autocast: Autocast | None) -> AbstractContextManager[None]:
+        """Random generators and autocast as they were during the first evaluation; None: autocast is as it was."""
+        surrounded = nullcontext() if autocast is None else autocast.restored()
+        return surrounded if self.random is None else _random_replayed(self.random, self.device, surrounded)
 
 
 def _stateful_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor, int]]:
@@ -185,15 +196,27 @@ def _stateful_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str,
     return found
 
 
-def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -> tuple[T, Evaluation]:
-    """Runs `compute`, the first evaluation of `module`, and notes what a second one needs."""
+def modules_in(module: nn.Module) -> list[nn.Module]:
+    """`list(module.modules())` in another order, at a tenth of the time: it is asked for at every evaluation."""
+    found, seen = [module], {module}
+    for known in found:
+        for child in known._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple[T, Evaluation]:
+    """Runs `compute(*state)`, the first evaluation of `module`, and notes what a second one needs."""
+    device = state[0].device
     tape, _local.tape = _local.tape, None
-    modes = tuple((m, m.training) for m in module.modules())
-    owners = tuple(m for m, _ in modes if m._parameters or m._buffers)
+    modes = tuple([(m, m.training) for m in modules_in(module)])
+    owners = tuple([m for m, _ in modes if m._parameters or m._buffers])
     try:
         before = _random_states(device)
         buffers = _stateful_buffers(owners)
-        result = compute()
+        result = _as_second(compute, state) if any(_is_compiled(m) for m, _ in modes) else compute(*state)
         after = _random_states(device)
     finally:
         _local.tape = tape
@@ -206,6 +229,26 @@ def observe(module: nn.Module, device: torch.device, compute: Callable[[], T]) -
     )
     slots = tuple((m, n, p) for m in owners for n, p in m._parameters.items() if p is not None)
     return result, Evaluation(owners, modes, slots, changed, before if drew else None, device)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` or `torch.compile(module)` made it."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _as_second(compute: Callable[..., T], state: State) -> T:
+    """`compute(*state)` with a graph, which is dropped.
+
+    Compiled code that can give gradients may have other last bits than code that cannot; so the first one serves both.
+    """
+    leaves = [x.detach().requires_grad_(is_differentiable(x)) for x in state]
+    with torch.enable_grad():
+        return pytree.tree_map_only(Tensor, Tensor.detach, compute(*leaves))
+
+
+def is_differentiable(x: Tensor) -> bool:
+    """Whether a gradient of `x` exists."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
@@ -237,7 +280,7 @@ def evaluate(branch: nn.Module, x: Tensor, context: Any = None) -> Any:
     tape = _local.tape
     if tape is None:
         return call(branch, x, context)
-    result, evaluation = observe(branch, x.device, lambda: call(branch, x, context))
+    result, evaluation = observe(branch, (x,), lambda x: call(branch, x, context))
     tape.append(evaluation.sampled(as_state(result, branch)) if _local.sampling else evaluation)
     return result
 

@@ -43,8 +43,10 @@ def apply_run(run: Run, state: State, context: Any, log_det: Tensor | None) -> t
     structure = ContextStructure(context)
     inputs = [*state, *([] if log_det is None else [log_det])]
     parameters = run.parameters()
-    job = _Job(run, len(state), log_det is not None, structure, parameters)
-    outputs = _ReversibleFunction.apply(job, *inputs, *structure.tensors(context), *parameters)
+    trainable = [p for p in parameters if p.requires_grad]
+    versions: list[tuple[Tensor, int]] = [(p, p._version) for p in parameters]
+    job = _Job(run, len(state), log_det is not None, structure, trainable, versions)
+    outputs = _ReversibleFunction.apply(job, *inputs, *structure.tensors(context), *trainable)
     return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
 
@@ -57,6 +59,9 @@ class _Job:
     has_log_det: bool
     context: ContextStructure
     parameters: list[nn.Parameter]
+    """The trainable ones."""
+    versions: list[tuple[Tensor, int]]
+    """Every parameter, with how often it had been changed in place."""
 
     def unpack(self, tensors: tuple[Tensor, ...]) -> tuple[State, Tensor | None, list[Tensor]]:
         state, rest = tensors[: self.states], list(tensors[self.states :])
@@ -72,7 +77,7 @@ class _ReversibleFunction(torch.autograd.Function):
         state, log_det, context_tensors = job.unpack(tensors)
         # To module hooks (those of torch's own counters) a tensor that requires grad must have a gradient function.
         state = tuple(x.detach() for x in state)
-        context_tensors = [c.detach() for c in context_tensors]
+        context_tensors = [c.detach().requires_grad_(c.requires_grad) for c in context_tensors]
         context = job.context.rebuild(context_tensors)
         ctx.autocast = Autocast.current(state[0].device)
         ctx.set_materialize_grads(False)
@@ -89,7 +94,8 @@ class _ReversibleFunction(torch.autograd.Function):
             if reconstruct and isinstance(layer, Coupling):
                 with recording(job.run.tolerance is not None) as evaluations:
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
-                _check_all_in_branches(layer, evaluations)
+                if job.run.first not in job.run.inspected:
+                    _check_all_in_branches(layer, evaluations)
             else:
                 state, log_det, evaluation = _observed(job.run, layer, state, context, log_det)
                 evaluations = [evaluation]
@@ -98,7 +104,6 @@ class _ReversibleFunction(torch.autograd.Function):
         if job.run.reconstruct[-1]:
             saved.extend(state)
         ctx.job, ctx.traces = job, traces
-        ctx.versions = [(p, p._version) for layer in job.run.layers for p in layer.parameters()]
         # The traces hold the parameters: saving them here too would let saved-tensor hooks move them about.
         ctx.save_for_backward(*saved, *job.unpack(tensors)[2])
         return state if log_det is None else (*state, log_det)
@@ -112,7 +117,7 @@ class _ReversibleFunction(torch.autograd.Function):
                 '(create_graph=True); switch it to activations="store", where that works'
             )
         job: _Job = ctx.job
-        _check_unchanged(job.run, ctx.versions)
+        _check_unchanged(job)
         for layer in job.run.layers:
             if isinstance(layer, Coupling):
                 layer.exact = job.run.exact  # it may have been switched since
@@ -157,7 +162,7 @@ def _observed(
     run: Run, layer: nn.Module, state: State, context: Any, log_det: Tensor | None
 ) -> tuple[State, Tensor | None, Evaluation]:
     (output, log_det), evaluation = observe(
-        layer, state[0].device, lambda: apply_layer(layer, state, context, log_det, run.exact)
+        layer, state, lambda *state: apply_layer(layer, state, context, log_det, run.exact)
     )
     return output, log_det, evaluation if run.tolerance is None else evaluation.sampled(output)
 
@@ -172,8 +177,9 @@ def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> No
             )
 
 
-def _check_unchanged(run: Run, versions: list[tuple[Tensor, int]]) -> None:
-    for parameter, version in versions:
+def _check_unchanged(job: _Job) -> None:
+    run = job.run
+    for parameter, version in job.versions:
         if parameter._version != version:
             named = [
                 name

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from revnet.reversible.coupling import Addition, Step
-from revnet.reversible.evaluation import Autocast, Evaluation, call
+from revnet.reversible.evaluation import Autocast, Evaluation, call, is_differentiable
 from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
@@ -27,7 +27,7 @@ class Replay:
         context: list[Tensor],
         grad_log_det: Tensor | None,
     ) -> None:
-        self.autocast = autocast
+        self.autocast = autocast.to_restore()
         self.run = run
         self.grad_log_det = grad_log_det
         self.context_aliases = [c.detach().requires_grad_(c.requires_grad) for c in context]
@@ -50,7 +50,7 @@ class Replay:
         grad = grads[moved]
         wanted = grad is not None or self.grad_log_det is not None
         with evaluation.aliased() as aliases:
-            x = state[other].detach().requires_grad_(needed and _is_differentiable(state[other]))
+            x = state[other].detach().requires_grad_(needed and is_differentiable(state[other]))
             with torch.set_grad_enabled(wanted), evaluation.surroundings(self.autocast):
                 h = call(step.branch, x, self.context)
             self._compare(step.branch, evaluation, as_state(h, step.branch))
@@ -70,7 +70,8 @@ class Replay:
             products = self._product(outputs, leaves, aliases)
         if not isinstance(step.rule, Addition):
             grads[moved] = products[0]
-        grads[other] = _sum(products[-1], grads[other])
+        # In autograd's order: of two memory formats the sum takes the first one's.
+        grads[other] = _sum(grads[other], products[-1])
 
     def reverse_layer(
         self,
@@ -96,7 +97,7 @@ class Replay:
         """Replaces `grads`, those of the layer's output, by those of its input `state`."""
         with evaluation.aliased() as aliases:
             leaves = [
-                x.detach().requires_grad_(_is_differentiable(x) and (needs is None or needs[i]))
+                x.detach().requires_grad_(is_differentiable(x) and (needs is None or needs[i]))
                 for i, x in enumerate(state)
             ]
             with torch.enable_grad(), evaluation.surroundings(self.autocast):
@@ -168,10 +169,6 @@ def _check_nothing_hidden(nodes: list[Any], targets: list[Tensor]) -> None:
             )
         nodes += [n for n, _ in node.next_functions if n is not None and n not in seen]
         seen.update(nodes)
-
-
-def _is_differentiable(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revnet.reversible.evaluation import modules_in
+
 __all__ = ["ContextStructure", "Run"]
 
 _TENSOR = object()
@@ -38,11 +40,12 @@ class Run:
     inspected: set[int]
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, each once."""
-        unique = {id(p): p for layer in self.layers for p in layer.parameters()}
-        if any(type(p) not in (nn.Parameter, Tensor) for p in unique.values()):
+        """The parameters, each once."""
+        modules = [module for layer in self.layers for module in modules_in(layer)]
+        unique = list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
+        if any(type(p) not in (nn.Parameter, Tensor) for p in unique):
             _check_unsharded(self)
-        return [p for p in unique.values() if p.requires_grad]
+        return unique
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules with their names in the sequence."""

@@ -237,7 +237,9 @@ class ReversibleSequence(nn.ModuleList):
         return ReversibleSequence(list(self)[index], whole if isinstance(whole, str) else whole[index], self._exact)
 
     def _report(self, first: int, autocast: bool, exact: bool, error: Tensor) -> None:
-        self._errors[first] = error
+        # A sequence may run more than once in a step.
+        known = self._errors.get(first)
+        self._errors[first] = error if known is None else torch.maximum(known, error)
         self.watch.see(error, autocast, exact)
 
     def _settle_exact(self, state: State) -> bool:
@@ -296,3 +298,11 @@ def _check_state(state: State) -> None:
     for name, x in zip(("x1", "x2"), state, strict=False):
         if not isinstance(x, Tensor | torch.fx.Proxy):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
+    if len(state) == 1 or isinstance(state[0], torch.fx.Proxy):
+        return
+    x1, x2 = state
+    if (x1.dtype, x1.device) != (x2.dtype, x2.device):
+        raise TypeError(
+            f"x1 and x2 must agree in dtype and device: x1 is {x1.dtype} on {x1.device}, x2 is {x2.dtype} on "
+            f"{x2.device}; convert one of them"
+        )

@@ -1,0 +1,47 @@
+"""Compiling the branches of a live network, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from revnet.reversible.coupling import Coupling
+from revnet.reversible.layer import is_invertible
+from revnet.reversible.sequence import ReversibleSequence
+
+__all__ = ["compile_branches"]
+
+
+def compile_branches(module: nn.Module, **options: Any) -> None:
+    """Compiles the residual branches of every sequence in place, and its layers without an inverse.
+
+    The engine between them stays as it is, under every value of `activations`, and so do the names in `state_dict`.
+    Branches of the same kind and shape share their compiled code, whatever the depth. Gradients are those of compiled
+    `"store"`, in exact mode to the bit; eager code may differ from compiled code in the last bits.
+
+    Args:
+        module: a network or a sequence.
+        options: of `torch.compile`. With `dynamic=False` every size of a batch is compiled for itself.
+
+    The first step compiles and takes minutes for a large network. Do not compile the whole network as well: a sequence
+    that keeps no activations is no part of a compiled graph.
+
+    Raises:
+        ValueError: the module has no sequence.
+
+    Example:
+        >>> from revnet import compile_branches
+        >>> from revnet.models import revnet38
+        >>> network = revnet38(num_classes=10)
+        >>> compile_branches(network)
+    """
+    sequences = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
+    if not sequences:
+        raise ValueError(
+            f"compile_branches: {type(module).__name__} holds no ReversibleSequence; compile it by torch.compile"
+        )
+    layers = [layer for sequence in sequences for layer in sequence]
+    branches = [step.branch for layer in layers if isinstance(layer, Coupling) for step in layer.steps()]
+    for part in dict.fromkeys(branches + [layer for layer in layers if not is_invertible(layer)]):
+        part.compile(**options)
