@@ -54,7 +54,10 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return line
     if isinstance(error, ReconstructionError):
-        return f"{line}; or the training diverges: a lower optimizer.lr"
+        return (
+            f"{line}; or the training diverges: a lower optimizer.lr; callbacks.drift.fall_back_above=0.1 leaves such "
+            "steps out and stores from then on"
+        )
     if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
         if _raised_on_purpose(error):
             return line

@@ -25,7 +25,7 @@ LAYERS = {
     "revnet.models": {"revnet.reversible", "torch"},
     "revnet.profiling": {"torch"},
     "revnet.data": {"torch", "torchvision", "pytorch_lightning", "numpy", "PIL", "rich", "sklearn"},
-    "revnet.training": {"torch", "pytorch_lightning", "torchmetrics", "rich"},
+    "revnet.training": {"revnet.reversible", "torch", "pytorch_lightning", "torchmetrics", "rich"},
     "revnet.mistakes": {"revnet.reversible", "hydra", "omegaconf"},
     "revnet.run_directory": {"revnet.mistakes", "hydra", "omegaconf"},
     "revnet.cli": {"revnet.mistakes", "hydra", "omegaconf"},

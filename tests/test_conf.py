@@ -14,7 +14,7 @@ from torch import nn
 from revnet.cli import command, compose
 from revnet.models import list_models
 from revnet.train import build
-from revnet.training import Classifier, TrainingMonitor
+from revnet.training import Classifier, DriftGuard, TrainingMonitor
 from tests.commands import invoke
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -117,8 +117,15 @@ def test_callbacks_and_loggers(callbacks: str, logger: str, tmp_path: Path) -> N
         "default": {"CSVLogger", "TensorBoardLogger"},
         "none": set(),
     }[logger]
-    assert any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks) == (callbacks == "default")
+    for kind in (TrainingMonitor, DriftGuard):
+        assert any(isinstance(callback, kind) for callback in trainer.callbacks) == (callbacks == "default")
     assert bool(trainer.checkpoint_callbacks) == (callbacks == "default")
+
+
+def test_the_engine_s_thresholds_of_drift_hold_unless_others_are_given() -> None:
+    guard = make(compose("train").callbacks.drift)
+    assert (guard.warn_above, guard.raise_above, guard.fall_back_above) == (None, None, None)
+    assert make(compose("train", "callbacks.drift.fall_back_above=1e-9").callbacks.drift).fall_back_above == 1e-9
 
 
 @pytest.mark.parametrize("option", options("experiment"))

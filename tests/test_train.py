@@ -144,6 +144,22 @@ def test_a_run_is_resumed_in_its_directory(tmp_path: Path) -> None:
     assert (tmp_path / "here/csv/version_1/metrics.csv").exists()
 
 
+def test_a_sequence_beyond_the_threshold_of_drift_stores_and_one_line_says_so(tmp_path: Path) -> None:
+    """In a process of its own, as the console shows it."""
+    command = [sys.executable, "-m", "revnet.train", *TINY, "run_dir=here", "callbacks.drift.fall_back_above=1e-9"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    found = [re.search(r"sequence '(\w+)' .* step 1 is not applied", line) for line in run.stderr.splitlines()]
+    names = [match and match[1] for match in found]
+    assert names == ["layer1", "layer2", "layer3"]
+    checkpoint = torch.load("here/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["callbacks"]["DriftGuard"] == {"fallen_back": names}
+    with Path("here/csv/version_0/metrics.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if row["sequences_fallen_back"]]
+    assert float(row["sequences_fallen_back"]) == 3
+    assert float(row["reconstruction_error/layer3"]) > 1e-9
+
+
 def test_a_sweep_runs_every_combination(tmp_path: Path) -> None:
     arguments = ("-m", *TINY, "model=revnet38,resnet32", "seed=0,1", "logger=csv", "callbacks=none")
     assert invoke(train_module.main, *arguments) == 0
@@ -184,6 +200,11 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
         (["+model.width=3"], r"model: .*'width'.*"),
         (["+trainer.steps=3"], r"trainer: .*'steps'"),
         (["ckpt_path=nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file"),
+        (["callbacks.drift.warn_above=-1"], r"warn_above=-1: give a relative error, at least 0, or None"),
+        (
+            ["callbacks.drift.raise_above=1e-9"],
+            r"the reconstructed input .* lower optimizer.lr; callbacks.drift.fall_.*",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture) -> None:

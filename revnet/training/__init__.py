@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from revnet.training.checkpoints import load_weights, read_checkpoint
 from revnet.training.classifier import Classifier
+from revnet.training.drift_guard import DriftGuard
 from revnet.training.environment import environment
 from revnet.training.monitor import TrainingMonitor
 from revnet.training.parameter_groups import parameter_groups
@@ -18,6 +19,7 @@ __all__ = [
     "warmup_cosine",
     "constant_rate",
     "TrainingMonitor",
+    "DriftGuard",
     "read_checkpoint",
     "load_weights",
     "print_summary",
