@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "ROOT", "allocator_keeps_memory", "hardware", "record", "result_path"]
+__all__ = ["RESULTS", "ROOT", "allocator_keeps_memory", "hardware", "record", "result_path", "resumed"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -71,3 +71,29 @@ def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], dev
     # Paths are given from the root of the checkout, wherever that lay.
     text = json.dumps(content, indent=2).replace(f"{ROOT}/", "")
     path.with_suffix(".json").write_text(text + "\n")
+
+
+def resumed(
+    theme: str, settings: dict[str, Any], device: str = "cpu", path: Path | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Where to write, without an ending, and the rows that stand there already.
+
+    That is `path` if given; else the latest result of the theme with these settings on this hardware and with these
+    versions; else a new one. A result of other settings or of another machine is never written over.
+    """
+    if path is None:
+        new = result_path(theme, device)
+        kin = sorted(RESULTS.glob(f"{new.name.rpartition('_')[0]}_????-??-??.json"), reverse=True)
+        path = next((p for p in kin if _matches(p, settings, device)), new)
+    path = path.with_suffix("")
+    file = path.with_suffix(".json")
+    if not file.exists():
+        return path, []
+    if not _matches(file, settings, device):
+        raise SystemExit(f"{file} is of other settings or another machine; move it away, or name another by --resume")
+    return path, json.loads(file.read_text())["rows"]
+
+
+def _matches(path: Path, settings: dict[str, Any], device: str) -> bool:
+    content = json.loads(path.read_text())
+    return bool(content["settings"] == settings and content["hardware"] == hardware(device))

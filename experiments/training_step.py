@@ -2,11 +2,12 @@
 
 One interleaved run over the same weights and images, in floating point and exact: RevNet-110, batch 128, 32x32, fp32
 by default, channels_last. Beside the three values stand a plain hand-written loop over the same branches (store must
-not be slower than it), the same loop with `torch.utils.checkpoint` around each unit (recompute must not be slower than
-that), and a forward pass without gradients: the limit of pure reconstruction is store plus one such pass. Memory is the
-peak of activations and temporaries.
+not be slower than it), the same loop with `torch.utils.checkpoint` around each unit, and a forward pass without
+gradients: the limit of pure reconstruction is store plus one such pass. Under autocast the residual stream is fp32 for
+all. Memory is the peak of activations and temporaries; inside compiled code, which --compile adds, it is not seen.
 
     python experiments/training_step.py [--model revnet110] [--batch 128] [--size 32] [--dtype float32] [--device cpu]
+    python experiments/training_step.py --model revnet104 --batch 8 --size 224 [--dtype bfloat16] [--compile]
 
 Writes a table as JSON and a picture to experiments/results/MODEL_step_DTYPE_HARDWARE_DATE.
 """
@@ -14,16 +15,17 @@ Writes a table as JSON and a picture to experiments/results/MODEL_step_DTYPE_HAR
 from __future__ import annotations
 
 import argparse
-import resource
-import time
+import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
+from contest import plain_block, take_turns
 from recording import allocator_keeps_memory, hardware, record, result_path
 from rich.console import Console
 from rich.progress import track
@@ -31,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revnet import ReversibleBlock, ReversibleSequence, set_activations
+from revnet import ReversibleBlock, ReversibleSequence, compile_branches, set_activations
 from revnet.models import RevNet, get_model
 from revnet.models.units import TransitionUnit
 from revnet.profiling import measure_memory
@@ -46,17 +48,18 @@ FORWARD = "forward without gradients"
 def unit(layer: nn.Module, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """One unit as a person would write it."""
     if isinstance(layer, ReversibleBlock):
-        x1, x2 = state
-        y1 = x1 + layer.f(x2)
-        return y1, x2 + layer.g(y1)
+        return plain_block(layer, *state)
     assert isinstance(layer, TransitionUnit)
     x1, x2 = split_halves(state[0])
     y1 = layer.shortcut1(x1) + layer.f(x2)
-    return y1, layer.shortcut2(x2) + layer.g(y1)
+    return y1.float(), (layer.shortcut2(x2) + layer.g(y1)).float()
 
 
 class PlainLoop(nn.Module):
-    """The network without the engine: ordinary autograd, or torch's checkpoint around every unit."""
+    """The network without the engine: ordinary autograd, or torch's checkpoint around every unit.
+
+    Under autocast the residual stream is fp32, as in the engine.
+    """
 
     def __init__(self, network: RevNet, checkpointed: bool) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class PlainLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         net = self.network
-        x = self.run(lambda x: net.maxpool(net.relu(net.bn1(net.conv1(x)))), x)
+        x = self.run(lambda x: net.maxpool(net.relu(net.bn1(net.conv1(x)))).float(), x)
         for name in net.stage_names:
             state: tuple[Tensor, ...] = (x,)
             for layer in list(net.get_submodule(name).children())[:-1]:  # all but the Merge
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="also over compiled branches")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
     options = parser.parse_args()
     allocator_keeps_memory()
@@ -106,49 +110,44 @@ def main() -> None:
         "reconstruct, exact": (network, "reconstruct", True),
         FORWARD: (network, "store", False),
     }
+    if options.compile:
+        compiled = copy.deepcopy(network)
+        compile_branches(compiled)
+        contestants |= {
+            "store, compiled": (compiled, "store", False),
+            "reconstruct, compiled": (compiled, "reconstruct", False),
+            "reconstruct, exact, compiled": (compiled, "reconstruct", True),
+        }
 
     def prepare(name: str) -> nn.Module:
         module, value, exact = contestants[name]
-        set_activations(network, value)
-        for sequence in (m for m in network.modules() if isinstance(m, ReversibleSequence)):
+        set_activations(module, value)
+        for sequence in (m for m in module.modules() if isinstance(m, ReversibleSequence)):
             sequence.exact = exact
         return module
 
-    def step(name: str) -> tuple[float, int]:
+    def step(name: str) -> Callable[[], None]:
         module = prepare(name)
-        network.zero_grad()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        start = time.perf_counter()
-        with torch.autocast(options.device, torch.bfloat16, enabled=autocast is not None):
-            if name == FORWARD:
-                with torch.no_grad():
-                    module(x)
-            else:
-                loss = F.cross_entropy(module(x), target)
-        if name != FORWARD:
-            loss.backward()
-        if options.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        module.zero_grad()
 
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    faults: dict[str, list[int]] = {name: [] for name in contestants}
-    for repeat in track(range(options.repeats + 2), "steps"):
-        for name in contestants:
-            elapsed, minor = step(name)
-            if repeat >= 2:  # the first two warm up caches and the allocator
-                seconds[name].append(elapsed)
-                faults[name].append(minor)
+        def run() -> None:
+            with torch.autocast(options.device, torch.bfloat16, enabled=autocast is not None):
+                if name == FORWARD:
+                    with torch.no_grad():
+                        module(x)
+                    return
+                loss = F.cross_entropy(module(x), target)
+            loss.backward()
+
+        return run
+
+    # The first two rounds warm up caches and the allocator.
+    rounds = track(range(options.repeats + 2), "steps")
+    figures = take_turns(list(contestants), step, rounds, warmup=2, device=options.device)
     rows = []
     for name in contestants:
-        row: dict[str, object] = {
-            "contestant": name,
-            "seconds": median(seconds[name]),
-            "over_store": median(s / t for s, t in zip(seconds[name], seconds["store"], strict=True)),
-            "minor_faults": median(faults[name]),
-            "all_seconds": seconds[name],
-        }
-        if name != FORWARD:
+        row: dict[str, object] = {"contestant": name, **figures[name]}
+        if name != FORWARD and "compiled" not in name:
             row["peak_bytes"] = measure_memory(prepare(name), x, lambda y: F.cross_entropy(y, target), autocast).peak
         rows.append(row)
     path = result_path(f"{options.model}_step_{options.dtype}", options.device)
@@ -169,15 +168,17 @@ def show(rows: list[dict[str, Any]], device: str) -> None:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    steps = [row for row in rows if "peak_bytes" in row]
-    limit = 1 + next(row["over_store"] for row in rows if "peak_bytes" not in row)
+    steps = [row for row in rows if row["contestant"] != FORWARD]
+    limit = 1 + next(row["over_store"] for row in rows if row["contestant"] == FORWARD)
     names = [row["contestant"] for row in steps]
+    peaks = [row.get("peak_bytes", math.nan) / 1e6 for row in steps]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     left.bar_label(left.barh(names, [row["over_store"] for row in steps]), fmt="%.2f", padding=3)
     left.axvline(limit, color="gray", linestyle="--", label="store + a forward without gradients")
     left.set(xlabel="time of a step / store", xlim=(0, 2.2))
     left.invert_yaxis()
-    right.bar_label(right.barh(names, [row["peak_bytes"] / 1e6 for row in steps], color="C1"), fmt="%.0f", padding=3)
+    labels = ["not seen" if math.isnan(peak) else f"{peak:.0f}" for peak in peaks]
+    right.bar_label(right.barh(names, np.nan_to_num(peaks), color="C1"), labels, padding=3)
     right.set(xlabel="peak of activations and temporaries, MB")
     right.margins(x=0.15)
     figure.suptitle(title)

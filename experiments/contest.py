@@ -1,0 +1,71 @@
+"""Contestants that take turns, so that a machine which becomes slower or faster does so for all of them."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revnet import ReversibleBlock
+
+__all__ = ["plain_block", "take_turns"]
+
+
+def plain_block(block: ReversibleBlock, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """A reversible block as a person would write it."""
+    y1 = x1 + block.f(x2)
+    return y1, x2 + block.g(y1)
+
+
+def take_turns(
+    names: Sequence[str],
+    prepare: Callable[[str], Callable[[], Any]],
+    rounds: Iterable[int],
+    warmup: int,
+    device: str,
+) -> dict[str, dict[str, Any]]:
+    """Figures of each contestant: seconds, the median of its ratio to "store" within a round, minor page faults.
+
+    Args:
+        names: the contestants, "store" among them. Each takes one turn a round; the first of one round is the last of
+            the next.
+        prepare: makes a contestant ready, unmeasured, and returns the step that is measured.
+        rounds: 0, 1, 2, ... (perhaps with a progress bar around).
+        warmup: how many rounds at the start do not count.
+        device: "cpu" or "cuda".
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    faults: dict[str, list[int]] = {name: [] for name in names}
+    for turn in rounds:
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            step = prepare(name)
+            gc.collect()
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start = _clock(device)
+            step()
+            elapsed = _clock(device) - start
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+                faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return {
+        name: {
+            "seconds": median(seconds[name]),
+            "over_store": median(s / t for s, t in zip(seconds[name], seconds["store"], strict=True)),
+            "minor_faults": median(faults[name]),
+            "all_seconds": seconds[name],
+        }
+        for name in names
+    }
+
+
+def _clock(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,135 @@
+"""The contestants of `peers.py`: the same branches in a plain loop, in our sequences, in MemCNN and in RevTorch."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from contest import plain_block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revnet import ReversibleBlock, ReversibleSequence
+from revnet.reversible import Merge, Split, split_halves
+
+__all__ = ["CHECKPOINT", "EXACT", "FORWARD", "LOOP", "NARROW", "Contestant", "contestants", "ours"]
+
+LOOP, CHECKPOINT, EXACT, FORWARD = "plain loop", "torch.utils.checkpoint", "reconstruct, exact", "forward alone"
+NARROW = ", bf16 stream"
+
+
+@dataclass
+class Contestant:
+    """A module from a whole tensor to a whole tensor.
+
+    Attributes:
+        blocks: the blocks whose branches it evaluates.
+        autocast: whether autocast is on around the whole module.
+        stream: dtype of the tensor that it is given.
+        output: dtype of the tensor that it returned.
+    """
+
+    module: nn.Module
+    blocks: list[ReversibleBlock]
+    autocast: bool = False
+    stream: torch.dtype = torch.float32
+    output: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            y = self.module(x.to(self.stream, copy=True))
+        self.output = y.dtype
+        return y
+
+    def step(self, x: Tensor, cotangent: Tensor) -> None:
+        (self.forward(x) * cotangent).sum().backward()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for block in self.blocks for p in block.parameters()]
+
+    def clear(self, x: Tensor) -> None:
+        for tensor in (x, *self.parameters()):
+            tensor.grad = None
+
+
+class Loop(nn.Module):
+    """The blocks without the engine: ordinary autograd, or torch's checkpoint around every block."""
+
+    def __init__(self, blocks: Iterable[ReversibleBlock], checkpointed: bool) -> None:
+        super().__init__()
+        self.layers, self.checkpointed = nn.ModuleList(blocks), checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = split_halves(x)
+        for block in self.layers:
+            assert isinstance(block, ReversibleBlock)
+            if self.checkpointed:
+                x1, x2 = checkpoint(plain_block, block, x1, x2, use_reentrant=False)
+            else:
+                x1, x2 = plain_block(block, x1, x2)
+        return torch.cat((x1, x2), 1)
+
+
+class Autocast(nn.Module):
+    """A branch that runs under bf16 autocast wherever it is called from."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without the weight cache: a copy cached without gradients would be used again where they are needed.
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            return self.branch(x)
+
+
+def library(name: str) -> Any:
+    try:
+        with warnings.catch_warnings():  # MemCNN calls what is deprecated, and silences warnings of the whole program
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{name} is missing: pip install -e '.[bench]'") from error
+
+
+def ours(blocks: Iterable[nn.Module], activations: str, exact: bool = False) -> ReversibleSequence:
+    sequence = ReversibleSequence([Split(), *blocks, Merge()], activations, exact=exact)
+    sequence.watch.raise_above = math.inf  # the error is recorded
+    return sequence
+
+
+def contestants(blocks: list[ReversibleBlock], bf16: bool) -> dict[str, Contestant]:
+    """All that take part, over the same branches."""
+    memcnn, revtorch = library("memcnn"), library("revtorch")
+
+    def pairs() -> list[tuple[nn.Module, nn.Module]]:
+        return [(Autocast(b.f), Autocast(b.g)) if bf16 else (b.f, b.g) for b in blocks]
+
+    def of_memcnn() -> nn.Module:
+        couplings = [memcnn.AdditiveCoupling(f, g) for f, g in pairs()]
+        return nn.Sequential(*[memcnn.InvertibleModuleWrapper(c, keep_input=False) for c in couplings])
+
+    def of_revtorch() -> nn.Module:
+        return revtorch.ReversibleSequence(nn.ModuleList([revtorch.ReversibleBlock(f, g) for f, g in pairs()]))
+
+    found = {
+        LOOP: Contestant(Loop(blocks, False), blocks, bf16),
+        "store": Contestant(ours(blocks, "store"), blocks, bf16),
+        CHECKPOINT: Contestant(Loop(blocks, True), blocks, bf16),
+        "recompute": Contestant(ours(blocks, "recompute"), blocks, bf16),
+        "reconstruct": Contestant(ours(blocks, "reconstruct"), blocks, bf16),
+        EXACT: Contestant(ours(blocks, "reconstruct", exact=True), blocks, bf16),
+        "MemCNN": Contestant(of_memcnn(), blocks),
+        "RevTorch": Contestant(of_revtorch(), blocks),
+        FORWARD: Contestant(ours(blocks, "store"), blocks, bf16),
+    }
+    if bf16:  # our sequence keeps a stream of bf16 where autocast is on in its branches alone
+        narrow = [ReversibleBlock(f, g) for f, g in pairs()]
+        modules = {"reconstruct": ours(narrow, "reconstruct"), "MemCNN": of_memcnn(), "RevTorch": of_revtorch()}
+        found |= {name + NARROW: Contestant(m, blocks, stream=torch.bfloat16) for name, m in modules.items()}
+    return found
