@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from revnet.cli import command
+from revnet.reversible import compile_branches
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
     from pytorch_lightning import LightningDataModule
@@ -83,6 +84,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     data, classifier = build(cfg)
+    if cfg.compile:
+        compile_branches(classifier.network)
     if cfg.ckpt_path is not None:
         load_weights(classifier, read_checkpoint(cfg.ckpt_path), cfg.ckpt_path)
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node is not None]

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+pytest_plugins = ["pytester", "tests.promises"]
+
 # The tensors of the tests are small: on one thread they are faster, and they do not mind a busy machine.
 torch.set_num_threads(1)
 

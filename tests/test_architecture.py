@@ -18,7 +18,7 @@ PACKAGE = ROOT / "revnet"
 
 # What each layer may import besides itself and the standard library. A new layer, or a new dependency of one,
 # is entered here. Models and data meet in a command by the names in the configuration.
-COMMAND = {"revnet.cli", "revnet.training", "hydra", "omegaconf", "torch", "pytorch_lightning"}
+COMMAND = {"revnet.cli", "revnet.reversible", "revnet.training", "hydra", "omegaconf", "torch", "pytorch_lightning"}
 LAYERS = {
     "revnet": {"revnet.reversible"},
     "revnet.reversible": {"torch"},

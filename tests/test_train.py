@@ -225,3 +225,15 @@ def test_resuming_another_architecture_is_refused(capsys: pytest.CaptureFixture)
     assert train("ckpt_path=here/checkpoints/last.ckpt", "model=resnet32") == 1
     (only,) = capsys.readouterr().err.strip().splitlines()
     assert re.search("holds revnet38 for 10 classes .* not the resnet32 for 10 classes .* asked for", only)
+
+
+def test_compile_is_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(train_module, "compile_branches", compiled.append)
+    assert train("compile=true", "callbacks=none", "logger=none") == 0
+    assert [type(network).__name__ for network in compiled] == ["RevNet"]
+
+
+def test_compile_of_a_network_without_sequences_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("compile=true", "model=resnet18", "callbacks=none", "logger=none") == 1
+    assert "ResNet holds no ReversibleSequence" in capsys.readouterr().err.splitlines()[-1]

@@ -64,7 +64,8 @@ class ReversibleSequence(nn.ModuleList):
             inverse to reconstruct raises ValueError.
         exact: True keeps the state on a fixed-point grid (multiples of 2^-16 in fp32, of 2^-32 in fp64), where
             subtraction undoes addition to the bit: gradients under "reconstruct" and "recompute" are then equal, bit
-            for bit, to those under "store" with the same flag, in fp32 and under half-precision autocast. The state is
+            for bit, to those under "store" with the same flag, in fp32 and under half-precision autocast (those of what
+            several layers share, up to the order of its sum). The state is
             rounded on entry and behind every layer without an inverse, what a branch returns before it is added; the
             gradient passes straight through. It holds values below 256 in fp32 (2^21 in fp64); a checksum of the whole
             state finds on the way back if any went beyond, and `reconstruction_error` is then more than 0. Additive
@@ -191,6 +192,7 @@ class ReversibleSequence(nn.ModuleList):
         torch.set_autocast_cache_enabled(False)
         try:
             state = as_stream(state)
+            _check_halves(state)
             exact = self._settle_exact(state)
             autocast = Autocast.current(state[0].device).enabled
             if exact and len(self) and is_invertible(self[0]):
@@ -298,10 +300,11 @@ def _check_state(state: State) -> None:
     for name, x in zip(("x1", "x2"), state, strict=False):
         if not isinstance(x, Tensor | torch.fx.Proxy):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
-    if len(state) == 1 or isinstance(state[0], torch.fx.Proxy):
-        return
-    x1, x2 = state
-    if (x1.dtype, x1.device) != (x2.dtype, x2.device):
+
+
+def _check_halves(state: State) -> None:
+    if len(state) == 2 and (state[0].dtype, state[0].device) != (state[1].dtype, state[1].device):
+        x1, x2 = state
         raise TypeError(
             f"x1 and x2 must agree in dtype and device: x1 is {x1.dtype} on {x1.device}, x2 is {x2.dtype} on "
             f"{x2.device}; convert one of them"

@@ -7,12 +7,17 @@ from torch import nn
 from revnet import ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split
 
+VALUES = ("store", "recompute", "reconstruct")
+
 # The ways to have gradients without keeping activations. What is promised holds in each.
 MODES = pytest.mark.parametrize(
     ("activations", "exact"),
-    [(activations, exact) for activations in ("recompute", "reconstruct") for exact in (False, True)],
+    [(activations, exact) for activations in VALUES[1:] for exact in (False, True)],
     ids=["recompute", "recompute-exact", "reconstruct", "reconstruct-exact"],
 )
+EVERY = pytest.mark.parametrize("activations", VALUES)
+EXACT = pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 class DropPath(nn.Module):
@@ -29,47 +34,91 @@ class DropPath(nn.Module):
         return x * keep.to(x.dtype) / (1 - self.rate)
 
 
-def basic(channels):
+def convolution(rank, inputs, outputs, size=3, bias=False):
+    """Over `rank` dimensions behind the channels; over none a linear layer."""
+    if rank == 0:
+        return nn.Linear(inputs, outputs, bias)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    return kind(inputs, outputs, size, padding=size // 2, bias=bias)
+
+
+def batch_norm(rank, channels):
+    return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank](channels)
+
+
+def basic(channels, rank=2):
     return nn.Sequential(
-        nn.BatchNorm2d(channels),
+        batch_norm(rank, channels),
         nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
+        convolution(rank, channels, channels),
+        batch_norm(rank, channels),
         nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        convolution(rank, channels, channels),
     )
 
 
-def bottleneck(channels):
+def bottleneck(channels, rank=2):
     inner = max(1, channels // 4)
     return nn.Sequential(
-        nn.BatchNorm2d(channels),
+        batch_norm(rank, channels),
         nn.ReLU(),
-        nn.Conv2d(channels, inner, 1, bias=False),
-        nn.BatchNorm2d(inner),
+        convolution(rank, channels, inner, 1),
+        batch_norm(rank, inner),
         nn.ReLU(),
-        nn.Conv2d(inner, channels, 1, bias=False),
+        convolution(rank, inner, channels, 1),
     )
 
 
-def dropout(channels):
-    return nn.Sequential(basic(channels), nn.Dropout(0.3))
+def groupnorm(channels, rank=2):
+    return nn.Sequential(nn.GroupNorm(1, channels), nn.GELU(), convolution(rank, channels, channels, bias=True))
 
 
-def droppath(channels):
-    return nn.Sequential(basic(channels), DropPath(0.3))
+def layernorm(channels, rank=2):
+    return nn.Sequential(LayerNorm(channels), nn.GELU(), convolution(rank, channels, channels, bias=True))
 
 
-def groupnorm(channels):
-    return nn.Sequential(nn.GroupNorm(1, channels), nn.GELU(), nn.Conv2d(channels, channels, 3, padding=1))
+def postnorm(channels, rank=2):
+    """Its gradient meets the normalisation first, whose sums depend on the layout of what they are given."""
+    return nn.Sequential(convolution(rank, channels, channels), batch_norm(rank, channels))
 
 
-def layernorm(channels):
-    """For tokens (B, N, C)."""
+class LayerNorm(nn.LayerNorm):
+    """Over the channels of every position, dimension 1."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def tokens(channels, rank=0):
+    """For channels in the last dimension."""
     return nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU())
 
 
-BRANCHES = {f.__name__: f for f in (basic, bottleneck, dropout, droppath, groupnorm)}
+def dropout(channels, rank=2, inner=basic):
+    return nn.Sequential(inner(channels, rank), nn.Dropout(0.3))
+
+
+def droppath(channels, rank=2, inner=basic):
+    return nn.Sequential(inner(channels, rank), DropPath(0.3))
+
+
+def curved(channels, rank=2):
+    """Without kinks, for derivatives of any order."""
+    return nn.Sequential(convolution(rank, channels, channels, 1, bias=True), nn.Tanh())
+
+
+BRANCHES = {f.__name__: f for f in (basic, bottleneck, postnorm, dropout, droppath, groupnorm, layernorm)}
+
+
+class Transition(nn.Module):
+    """A layer without an inverse, from halves to halves."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x1, x2):
+        return self.conv(x1).relu(), self.conv(x2).relu()
 
 
 def blocks(depth, channels, branch=basic, dtype=torch.float64):

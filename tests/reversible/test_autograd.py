@@ -6,7 +6,7 @@ from torch import nn
 
 from revnet import ReversibleSequence, is_recomputing
 from revnet.reversible import Merge, ReconstructionError, Split
-from tests.reversible.networks import BRANCHES, MODES, basic, blocks, same, sequence, step
+from tests.reversible.networks import BRANCHES, EXACT, MODES, VALUES, basic, blocks, curved, same, sequence, step
 
 
 @pytest.fixture
@@ -15,13 +15,38 @@ def x():
 
 
 @MODES
-def test_a_parameter_changed_in_place_between_the_passes_is_named(activations, exact, x):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_parameter_changed_in_place_between_the_passes_is_named(activations, exact, frozen, x):
     net = sequence(activations, exact=exact)
+    net[3].f[5].weight.requires_grad_(not frozen)
     y = net(x)
     with torch.no_grad():
         net[3].f[5].weight.mul_(2)
     with pytest.raises(RuntimeError, match=r"parameter 3\.f\.5\.weight of a reversible sequence was changed in place"):
         y.sum().backward()
+
+
+@EXACT
+@pytest.mark.parametrize("activations", [*VALUES[1:], ["recompute"] * 5 + ["reconstruct"]])
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.detach().mul_(2)], ids=["itself", "an alias"])
+def test_an_output_modified_in_place_before_backward_is_autograds_version_error(activations, exact, change, x):
+    y = sequence(activations, exact=exact)(x)
+    loss = y.sum()
+    change(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@EXACT
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.detach().mul_(2)], ids=["itself", "an alias"])
+def test_an_output_that_is_not_kept_may_be_modified_in_place(exact, change, x):
+    net = sequence(["recompute"] * 6, exact=exact)
+    y = net(x)
+    loss = y.sum()
+    change(y)
+    loss.backward()
+    _, (_, *truth) = step(sequence("store", exact=exact), x, loss=torch.sum)
+    assert same([p.grad for p in net.parameters()], truth, exact)
 
 
 class Forgetful(nn.Module):
@@ -53,7 +78,7 @@ def test_a_branch_that_is_not_deterministic_is_named_by_the_debug_switch(activat
         step(net, x)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@EXACT
 def test_a_branch_that_is_not_deterministic_is_seen_in_reconstruction_without_the_switch(exact, x):
     with pytest.raises(ReconstructionError, match=r"reversible sequence is .* off"):
         step(with_one_forgetful_branch("reconstruct", exact), x)
@@ -84,10 +109,6 @@ def test_backward_twice_doubles_the_gradients_and_a_freed_graph_is_torchs_own_er
         loss.backward()
 
 
-def curved(channels):
-    return nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Tanh())
-
-
 @MODES
 def test_second_derivatives_are_refused_with_the_remedy(activations, exact, x):
     x.requires_grad_()
@@ -96,7 +117,7 @@ def test_second_derivatives_are_refused_with_the_remedy(activations, exact, x):
         torch.autograd.grad(y, x, create_graph=True)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@EXACT
 def test_second_derivatives_work_under_store(exact):
     x = torch.randn(1, 4, 2, 2, dtype=torch.float64, requires_grad=True)
     net = sequence("store", 1, 2, branch=curved, exact=exact)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from revnet import ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split
-from tests.reversible.networks import BRANCHES, MODES, relative, sequence
+from tests.reversible.networks import BRANCHES, EXACT, MODES, relative, sequence
 
 SECONDS = 60
 
@@ -179,8 +179,9 @@ def test_fsdp_of_a_branch_inside_a_sequence_is_refused_with_the_remedy(together,
         together(fsdp_deviates, activations, exact, "branch", True)
 
 
-def test_fsdp_of_a_branch_inside_a_stored_sequence_works(together):
-    assert max(together(fsdp_deviates, "store", False, "branch", True)) <= 1e-10
+@EXACT
+def test_fsdp_of_a_branch_inside_a_stored_sequence_works(together, exact):
+    assert max(together(fsdp_deviates, "store", exact, "branch", True)) <= 1e-10
 
 
 def steps(net, data):

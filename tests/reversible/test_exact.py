@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
-from revnet import AffineCoupling, ReversibleBlock, ReversibleSequence
+from revnet import ReversibleBlock, ReversibleSequence
 from revnet.models import get_model
-from revnet.reversible import Merge, ReconstructionWarning, Split
-from revnet.reversible.grid import GRID, checksum, range_of, to_grid
-from tests.reversible.networks import BRANCHES, sequence, step
-from tests.reversible.test_memory import Transition
+from revnet.reversible import Merge, Split
+from revnet.reversible.drift import Sample
+from revnet.reversible.grid import checksum, range_of, to_grid
+from tests.reversible.networks import BRANCHES, Transition, sequence, step
 
 MIX = ("reconstruct", "store", "recompute", "reconstruct")
 
@@ -56,7 +55,9 @@ def test_gradients_of_whole_networks_are_bit_equal(name, autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return step(network, torch.randn(4, 3, 16, 16))[1]
 
-    assert all(map(torch.equal, gradients("reconstruct"), gradients("store")))
+    truth = gradients("store")
+    for activations in ("recompute", "reconstruct"):
+        assert all(map(torch.equal, gradients(activations), truth))
 
 
 def test_inverse_gives_back_every_bit():
@@ -74,20 +75,7 @@ def test_float64_has_a_grid_of_its_own():
     assert error == 0
 
 
-def test_values_beyond_the_range_are_seen():
-    net = sequence("reconstruct", dtype=torch.float32)
-    net.exact = True
-    x = torch.randn(4, 8, 6, 6)
-    step(net, x)
-    assert net.reconstruction_error == 0
-    with pytest.warns(ReconstructionWarning, match=r"beyond the threshold of 0\.0"):
-        step(net, x * 1e3)
-    assert net.reconstruction_error > 0
-
-
 def test_one_wrong_bit_anywhere_is_seen():
-    from revnet.reversible.drift import Sample
-
     state = (torch.randn(4, 8, 6, 6), torch.randn(4, 8, 6, 6))
     sample = Sample(state, exact=True)
     assert sample.error(state) == 0
@@ -96,9 +84,11 @@ def test_one_wrong_bit_anywhere_is_seen():
     assert torch.equal(checksum(state), checksum(tuple(x.contiguous(memory_format=torch.channels_last) for x in state)))
 
 
-@pytest.mark.parametrize("dtype", GRID)
-def test_the_grid(dtype):
-    step_size = 2.0 ** -GRID[dtype]
+@pytest.mark.parametrize(
+    ("dtype", "step_size", "bound"), [(torch.float32, 2**-16, 256), (torch.float64, 2**-32, 2**21)]
+)
+def test_the_grid_has_the_step_and_the_range_that_are_documented(dtype, step_size, bound):
+    assert range_of(dtype) == bound
     h = torch.randn(1000, dtype=dtype) * 3
     rounded = to_grid(h, dtype)
     assert torch.equal(rounded / step_size, (h / step_size).round())
@@ -108,22 +98,6 @@ def test_the_grid(dtype):
     leaf = torch.randn(5, dtype=dtype, requires_grad=True)
     to_grid(leaf, dtype).sum().backward()
     assert torch.equal(leaf.grad, torch.ones(5, dtype=dtype))
-
-
-class Affine(nn.Module):
-    def forward(self, x):
-        return x, x
-
-
-def test_what_cannot_be_exact_is_refused():
-    with pytest.raises(ValueError, match=r"layer 1 \(AffineCoupling\) cannot be undone to the bit"):
-        ReversibleSequence([Split(), AffineCoupling(Affine()), Merge()], exact=True)
-    with pytest.raises(ValueError, match="exact must be True, False or None"):
-        ReversibleSequence([Split()], exact="yes")
-    half = sequence("reconstruct", dtype=torch.bfloat16)
-    half.exact = True
-    with pytest.raises(TypeError, match=r"float32 or float64, got torch\.bfloat16"):
-        half(torch.randn(2, 8, 4, 4, dtype=torch.bfloat16))
 
 
 def test_the_output_of_a_layer_without_inverse_is_put_on_the_grid():

@@ -10,7 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from revnet import ReversibleSequence
 from revnet.models import revnet38
-from tests.reversible.networks import BRANCHES, MODES, basic, relative, same, sequence, step
+from tests.reversible.networks import BRANCHES, EXACT, MODES, basic, relative, same, sequence, step
 
 # Forward-mode derivatives of some operators are decomposed by torch with a compiler of its own that it has deprecated.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -65,7 +65,7 @@ def test_a_compiled_network_has_the_gradients_and_statistics_of_store(activation
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@EXACT
 @compiles
 def test_store_compiles_into_one_graph(exact, images):
     _, truth = step(Network("store", exact), images)
@@ -80,27 +80,6 @@ def test_fullgraph_is_refused_with_the_reason_where_activations_are_not_kept(act
     compiled = torch.compile(Network(activations, exact), fullgraph=True, backend="aot_eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"reason: .*reversible sequence"):
         compiled(images)
-
-
-def with_compiled_branches(activations, exact, branch, depth):
-    net = sequence(activations, depth, 4, branch, exact=exact)
-    for block in net[1:-1]:
-        block.f.compile()
-        block.g.compile()
-    return net
-
-
-@MODES
-@pytest.mark.parametrize("branch", ["basic", "dropout"])
-@compiles
-def test_compiled_branches_share_their_code_and_have_the_gradients_of_compiled_store(activations, exact, branch):
-    x, graphs = torch.randn(3, 8, 5, 5, dtype=torch.float64), []
-    for depth in (1, 4):
-        _, truth = step(with_compiled_branches("store", exact, BRANCHES[branch], depth), x)
-        _, found = step(with_compiled_branches(activations, exact, BRANCHES[branch], depth), x)
-        assert same(found, truth, exact)
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] <= 3
 
 
 @MODES
@@ -197,7 +176,7 @@ def test_a_symbolic_trace_of_a_sequence_itself_is_refused_with_the_remedy(activa
 
 
 @pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
-@pytest.mark.parametrize("exact", [False, True])
+@EXACT
 def test_feature_extractors_of_torchvision_find_the_stages(activations, exact):
     net = revnet38(activations=activations, exact=exact).eval()
     images, truth = torch.randn(2, 3, 32, 32), {}

@@ -7,9 +7,12 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
-from revnet.reversible import ReconstructionError, ReconstructionWarning, Watch
-from tests.reversible.networks import sequence, step
+from revnet import ReversibleBlock, ReversibleSequence
+from revnet.reversible import Merge, ReconstructionError, ReconstructionWarning, Split, Watch
+from revnet.reversible.drift import Sample
+from tests.reversible.networks import EXACT, VALUES, sequence, step
 
 
 @pytest.mark.parametrize(
@@ -44,21 +47,108 @@ def test_thresholds_are_settable():
         Watch(raise_above=1e-4).see(torch.tensor(1e-3), autocast=False, exact=False)
 
 
-def test_a_sequence_that_drifts_warns_and_one_that_explodes_raises_before_any_gradient_is_written():
-    x = torch.randn(2, 8, 4, 4)
-    for scale, expected in ((3e5, pytest.warns(ReconstructionWarning)), (1e8, pytest.raises(ReconstructionError))):
-        net = sequence("reconstruct", dtype=torch.float32)
-        with torch.no_grad():
-            net[2].f[5].weight.mul_(scale)
-        with expected:
-            step(net, x)
-        assert (net[2].f[5].weight.grad is None) == (scale == 1e8)
-
-
-def test_a_sequence_whose_gradients_are_exact_says_nothing():
+@pytest.mark.parametrize("scale", [3e5, 1e8])
+def test_a_sequence_that_drifts_warns_and_one_that_explodes_raises_before_any_gradient_is_written(scale):
     net = sequence("reconstruct", dtype=torch.float32)
-    net.exact = True
-    step(net, torch.randn(2, 8, 4, 4))
+    with torch.no_grad():
+        net[2].f[5].weight.mul_(scale)
+    explodes = scale == 1e8
+    with (
+        pytest.raises(ReconstructionError, match=r"off the true one.*exact=True")
+        if explodes
+        else pytest.warns(ReconstructionWarning, match=r"off the true one.*exact=True")
+    ):
+        step(net, torch.randn(2, 8, 4, 4))
+    assert (net[2].f[5].weight.grad is None) == explodes
+    assert (net.reconstruction_error > 1e-1) == explodes
+
+
+def test_an_exact_sequence_that_leaves_its_range_warns_of_any_difference():
+    net = sequence("reconstruct", dtype=torch.float32, exact=True)
+    x = torch.randn(4, 8, 6, 6)
+    step(net, x)
+    assert net.reconstruction_error == 0
+    with pytest.warns(ReconstructionWarning, match=r"beyond the threshold of 0\.0"):
+        step(net, x * 1e3)
+    assert 0 < net.reconstruction_error < 1e-3
+
+
+@EXACT
+def test_every_sequence_reports_its_error_on_every_step(exact):
+    plans = ("reconstruct", ["reconstruct", "recompute", "reconstruct", "store", "reconstruct", "reconstruct"])
+    net = nn.Sequential(*(sequence(plan, dtype=torch.float32, exact=exact) for plan in plans))
+    assert [part.reconstruction_error for part in net] == [None, None]
+    seen = []
+    for _ in range(3):
+        step(net, torch.randn(2, 8, 4, 4))
+        seen += [part.reconstruction_error for part in net]
+    assert all(error.shape == () for error in seen)
+    assert all(error == 0 if exact else 0 < error < 1e-5 for error in seen)
+    # A new tensor each time.
+    assert len({id(error) for error in seen}) == 6
+
+
+@pytest.mark.parametrize("activations", VALUES[:2])
+@EXACT
+def test_nothing_is_measured_where_nothing_is_reconstructed(activations, exact):
+    net, x = sequence("reconstruct", exact=exact), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    step(net, x)
+    assert net.reconstruction_error is not None
+    net.activations = activations
+    step(net, x)
+    assert net.reconstruction_error is None
+
+
+class Explode(nn.Module):
+    """Loses what one channel of the other half holds."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.factor = nn.Parameter(torch.zeros(40))
+        self.factor.data[channel] = 1e12
+
+    def forward(self, x):
+        return torch.ones_like(x) * self.factor.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("channel", [0, 17, 39])
+@pytest.mark.parametrize("position", [0, 1])
+@EXACT
+def test_drift_in_any_single_channel_is_seen(channel, position, exact):
+    branches = [nn.Identity(), nn.Identity()]
+    branches[position] = Explode(channel)
+    net = ReversibleSequence([Split(), ReversibleBlock(*branches), Merge()], exact=exact)
+    net.watch = Watch(warn_above=math.inf, raise_above=math.inf)
+    step(net, torch.randn(2, 80, 9, 7), loss=torch.sum)
+    assert net.reconstruction_error > 1e-3
+
+
+class Spike(nn.Module):
+    """Loses what one example holds."""
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        y[37] = 1e10
+        return y
+
+
+@EXACT
+def test_drift_of_a_single_example_is_seen(exact):
+    net = ReversibleSequence([Split(), ReversibleBlock(Spike(), Spike()), Merge()], exact=exact)
+    with pytest.warns(ReconstructionWarning):
+        step(net, torch.randn(64, 8, 9, 7))
+
+
+@pytest.mark.parametrize("shape", [(128, 64, 32, 32), (64, 32, 14, 14), (32, 197, 384), (8, 16, 16, 32, 32)])
+def test_a_sample_is_no_more_than_a_hundredth_of_the_state_and_covers_every_example_and_channel(shape):
+    state = (torch.randn(shape), torch.randn(shape))
+    sample = Sample(state, exact=False)
+    assert sum(part.numel() for part in sample.parts) <= 0.01 * sum(x.numel() for x in state)
+    for axis in (0, 1, -1):
+        for index in (0, shape[axis] // 2, shape[axis] - 1):
+            changed = state[1].clone()
+            changed.select(axis, index).zero_()
+            assert sample.error((state[0], changed)) > 1e-3
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])

@@ -1,0 +1,268 @@
+"""A mistake raises an error that names what was wrong, what was received, and the remedy."""
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import AdditiveCoupling, AffineCoupling, ReversibleBlock, ReversibleSequence, set_activations
+from revnet.reversible import Coupling, Merge, Split
+from tests.reversible.networks import EVERY, EXACT, MODES, Transition, blocks, sequence, step
+
+
+@pytest.fixture
+def halves():
+    return torch.randn(2, 2, 4, 6, 6)
+
+
+class Cast(nn.Module):
+    """Returns another dtype than it is given."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+def block_with(branch, position):
+    branches = [nn.Identity(), nn.Identity()]
+    branches[position] = branch
+    return ReversibleBlock(*branches)
+
+
+@EVERY
+@EXACT
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize(
+    ("branch", "returned"),
+    [
+        (nn.AvgPool2d(2), r"\(2, 4, 3, 3\)"),
+        (nn.Conv2d(4, 6, 1), r"\(2, 6, 6, 6\)"),
+        (nn.Conv2d(4, 1, 1), r"\(2, 1, 6, 6\)"),
+    ],
+    ids=["smaller", "more channels", "one channel, which would broadcast"],
+)
+def test_a_branch_that_changes_the_shape_of_its_half(activations, exact, position, branch, returned, halves):
+    net = ReversibleSequence([block_with(branch, position)], activations, exact)
+    with pytest.raises(
+        ValueError, match=rf"returned {returned}, the half is \(2, 4, 6, 6\); change the branch's output"
+    ):
+        net(*halves)
+
+
+@EVERY
+@EXACT
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_branch_that_changes_the_dtype_of_its_half(activations, exact, position, halves):
+    net = ReversibleSequence([block_with(Cast(torch.float64), position)], activations, exact)
+    with pytest.raises(TypeError, match=r"must keep the dtype of the half.*float64.*float32"):
+        net(*halves)
+
+
+@EVERY
+def test_a_branch_of_an_affine_coupling_that_changes_the_dtype_of_its_half(activations, halves):
+    class Affine(nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x), x.double()
+
+    with pytest.raises(TypeError, match=r"must keep the dtype of the half.*float64.*float32"):
+        ReversibleSequence([AffineCoupling(Affine())], activations)(*halves)
+
+
+@EVERY
+@EXACT
+def test_a_branch_in_half_precision_is_added_to_its_half_in_full_precision(activations, exact, halves):
+    net = ReversibleSequence([block_with(Cast(torch.bfloat16), 0)], activations, exact)
+    assert [y.dtype for y in net(*halves)] == [torch.float32] * 2
+
+
+@EVERY
+@EXACT
+def test_a_branch_that_returns_no_tensor(activations, exact, halves):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(TypeError, match="a residual branch must return a tensor, got tuple"):
+        ReversibleSequence([block_with(Pair(), 1)], activations, exact)(*halves)
+
+
+@EVERY
+def test_a_branch_of_an_affine_coupling_that_returns_no_pair(activations, halves):
+    with pytest.raises(TypeError, match=r"must return a tuple \(log_scale, shift\), got Tensor; .*chunk\(2, dim=1\)"):
+        ReversibleSequence([AffineCoupling(nn.Identity())], activations)(*halves)
+
+
+@EVERY
+@EXACT
+def test_halves_that_differ_in_shape(activations, exact):
+    x1, x2 = torch.randn(2, 4, 6, 6), torch.randn(2, 6, 6, 6)
+    with pytest.raises(ValueError, match=r"returned \(2, 6, 6, 6\), the half is \(2, 4, 6, 6\).*split .* evenly"):
+        ReversibleSequence([block_with(nn.Identity(), 0)], activations, exact)(x1, x2)
+
+
+@EVERY
+@EXACT
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_halves_that_differ_in_dtype(activations, exact, dtypes, halves):
+    x1, x2 = (x.to(dtype) for x, dtype in zip(halves, dtypes, strict=True))
+    with pytest.raises(TypeError, match=r"x1 and x2 must agree.*torch\.float\d\d.*torch\.float\d\d"):
+        ReversibleSequence([block_with(nn.Identity(), 0)], activations, exact)(x1, x2)
+
+
+@EVERY
+@EXACT
+def test_halves_that_differ_in_device(activations, exact, halves):
+    with pytest.raises(TypeError, match=r"x1 and x2 must agree.*cpu.*meta"):
+        ReversibleSequence([block_with(nn.Identity(), 0)], activations, exact)(halves[0], halves[1].to("meta"))
+
+
+@EVERY
+@EXACT
+def test_halves_given_as_one_argument(activations, exact, halves):
+    with pytest.raises(TypeError, match="x1 must be a tensor, got tuple; pass the halves as two arguments"):
+        ReversibleSequence([block_with(nn.Identity(), 0)], activations, exact)(tuple(halves))
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: ReversibleBlock(torch.relu, nn.Identity()), "f"),
+        (lambda: ReversibleBlock(nn.Identity(), torch.relu), "g"),
+        (lambda: AdditiveCoupling(torch.relu), "branch"),
+        (lambda: AffineCoupling(torch.relu), "branch"),
+    ],
+    ids=["f of a block", "g of a block", "additive", "affine"],
+)
+def test_a_branch_that_is_no_module(build, name):
+    with pytest.raises(TypeError, match=rf"^{name} must be an nn\.Module.*got builtin_function_or_method; wrap it"):
+        build()
+
+
+def test_a_value_that_is_none_of_the_three():
+    with pytest.raises(ValueError, match=r"one of 'store', 'recompute', 'reconstruct'; got 'keep'"):
+        ReversibleSequence(blocks(2, 4), "keep")
+    with pytest.raises(ValueError, match=r"one of 'store', 'recompute', 'reconstruct'; got 'keep'"):
+        ReversibleSequence(blocks(2, 4), ["store", "keep"])
+    with pytest.raises(ValueError, match="got 'all'"):
+        set_activations(sequence("store"), "all")
+
+
+@pytest.mark.parametrize("length", [0, 4, 6])
+def test_a_plan_of_the_wrong_length(length):
+    layers = [Split(), *blocks(3, 4), Merge()]
+    message = f"a plan needs one value for each layer; got {length} values for 5 layers"
+    with pytest.raises(ValueError, match=message):
+        ReversibleSequence(layers, ["store"] * length)
+    net = ReversibleSequence(layers)
+    with pytest.raises(ValueError, match=message):
+        net.activations = ["store"] * length
+    with pytest.raises(ValueError, match=message):
+        set_activations(nn.Sequential(net), ["store"] * length)
+
+
+@EXACT
+def test_a_plan_that_a_layer_added_later_makes_too_short(exact):
+    net = ReversibleSequence(blocks(4, 2), ["store", "recompute", "reconstruct", "store"], exact)
+    net.append(blocks(1, 2)[0])
+    with pytest.raises(ValueError, match="4 values for 5 layers"):
+        net(*torch.randn(2, 2, 2, 4, 4, dtype=torch.float64))
+
+
+def test_a_plan_that_asks_a_layer_without_inverse_to_reconstruct():
+    with pytest.raises(ValueError, match=r"layer 3 \(Transition\) to reconstruct.*give it \"recompute\" or \"store\""):
+        ReversibleSequence([Split(), *blocks(2, 4), Transition(4), Merge()], ["reconstruct"] * 5)
+
+
+def test_set_activations_of_a_module_without_sequences():
+    with pytest.raises(ValueError, match="Linear holds no ReversibleSequence"):
+        set_activations(nn.Linear(2, 2), "store")
+
+
+@EVERY
+@EXACT
+def test_an_inverse_or_a_log_determinant_over_a_layer_without_one(activations, exact):
+    net = ReversibleSequence([Split(), *blocks(1, 4), Transition(4).double(), Merge()], activations, exact)
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Transition cannot be inverted"):
+        net.inverse(x)
+    with pytest.raises(TypeError, match="Transition has no log-determinant"):
+        net.forward_and_log_det(x)
+
+
+@EVERY
+@EXACT
+def test_an_odd_number_of_channels(activations, exact):
+    with pytest.raises(ValueError, match=r"cannot split 7 channels \(dimension 1 of shape .*give an even number"):
+        sequence(activations, exact=exact)(torch.randn(2, 7, 4, 4, dtype=torch.float64))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_exact_sequence_of_a_dtype_that_its_grid_cannot_hold(activations, dtype, halves):
+    net = ReversibleSequence([block_with(nn.Identity(), 0)], activations, exact=True)
+    with pytest.raises(TypeError, match=rf"needs .* float32 or float64, got {dtype}: .*torch\.autocast instead"):
+        net(*halves.to(dtype))
+
+
+@EVERY
+def test_an_exact_sequence_of_a_layer_that_is_no_addition(activations):
+    layers = [Split(), AffineCoupling(nn.Identity()), Merge()]
+    with pytest.raises(ValueError, match=r"layer 1 \(AffineCoupling\) cannot be undone to the bit.*exact=False"):
+        ReversibleSequence(layers, activations, exact=True)
+    net = ReversibleSequence(layers, activations)
+    with pytest.raises(ValueError, match=r"layer 1 \(AffineCoupling\)"):
+        net.exact = True
+    assert net.exact is None
+
+
+def test_a_value_of_exact_that_is_no_truth_value():
+    with pytest.raises(ValueError, match=r"exact must be True, False or None .*got 'yes'"):
+        ReversibleSequence([Split()], exact="yes")
+
+
+@EXACT
+def test_a_parameter_outside_the_branches_of_a_coupling(exact, halves):
+    class Gated(AdditiveCoupling):
+        def __init__(self):
+            super().__init__(nn.Identity())
+            self.gate = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(TypeError, match=r"'gate' of Gated belongs to no branch .*move it into a branch"):
+        ReversibleSequence([Gated()], "reconstruct", exact)(*halves)
+
+
+@EVERY
+@EXACT
+def test_a_coupling_without_steps(activations, exact, halves):
+    class Empty(Coupling):
+        pass
+
+    with pytest.raises(TypeError, match="Empty must define `steps`"):
+        ReversibleSequence([Empty()], activations, exact)(*halves)
+
+
+@MODES
+def test_a_tensor_that_a_branch_hides(activations, exact):
+    class Hides(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.layers = [nn.Conv2d(channels, channels, 1, bias=False, dtype=torch.float64)]
+
+        def forward(self, x):
+            return self.layers[0](x)
+
+    with pytest.raises(TypeError, match=r"a tensor of shape \(4, 4, 1, 1\) .* none of its parameters.*Register it"):
+        step(sequence(activations, branch=Hides, exact=exact), torch.randn(2, 8, 4, 4, dtype=torch.float64))
+
+
+@EVERY
+@EXACT
+def test_a_branch_that_changes_its_input_in_place(activations, exact):
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    net = sequence(activations, branch=lambda c: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(c, c, 1)), exact=exact)
+    before = x.clone()
+    with pytest.raises(ValueError, match=r"changes its input in place.*inplace=False"):
+        net(x)
+    assert torch.equal(x, before)

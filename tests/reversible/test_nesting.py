@@ -1,0 +1,99 @@
+"""Sequences inside sequences, inside checkpoint and around it, and weights that are computed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
+
+from tests.reversible.networks import BRANCHES, MODES, VALUES, same, sequence, step
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 8, 4, 4, dtype=torch.float64)
+
+
+class Around(nn.Module):
+    """A module that hands its input on through a function."""
+
+    def __init__(self, inner, function):
+        super().__init__()
+        self.inner = inner
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.inner, x)
+
+
+@MODES
+@pytest.mark.parametrize("inner", VALUES)
+def test_a_sequence_inside_a_sequence(activations, exact, inner, x):
+    def nested(outer, inner):
+        net = sequence(outer, 2, 4, exact=exact)
+        for block in net[1:-1]:
+            block.f = sequence(inner, 2, 2, exact=exact)
+        return net
+
+    y, truth = step(nested("store", "store"), x)
+    z, found = step(nested(activations, inner), x)
+    assert torch.equal(y, z)
+    assert same(found, truth, exact)
+
+
+@MODES
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_sequence_inside_checkpoint(activations, exact, use_reentrant, x):
+    def checkpointed(net, x):
+        return checkpoint(net, x, use_reentrant=use_reentrant)
+
+    nets = {v: sequence(v, branch=BRANCHES["dropout"], exact=exact) for v in (activations, "store")}
+    _, truth = step(nets["store"], x)
+    _, found = step(Around(nets[activations], checkpointed), x)
+    assert same(found, truth, exact)
+
+
+@MODES
+def test_checkpoint_inside_a_branch(activations, exact, x):
+    def build(value):
+        net = sequence(value, branch=BRANCHES["dropout"], exact=exact)
+        for block in net[1:-1]:
+            block.f = Around(block.f, lambda module, x: checkpoint(module, x, use_reentrant=False))
+        return net
+
+    _, truth = step(sequence("store", branch=BRANCHES["dropout"], exact=exact), x)
+    _, found = step(build(activations), x)
+    assert same(found, truth, exact)
+
+
+@MODES
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+def test_reentrant_checkpoint_inside_a_branch_is_torchs_clear_error(activations, exact, x):
+    net = sequence(activations, exact=exact)
+    net[2].f = Around(net[2].f, lambda module, x: checkpoint(module, x, use_reentrant=True))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        step(net, x)
+
+
+@MODES
+@pytest.mark.parametrize("parametrization", [spectral_norm, weight_norm])
+def test_parametrised_weights(activations, exact, parametrization, x):
+    def branch(channels):
+        return nn.Sequential(parametrization(nn.Conv2d(channels, channels, 3, padding=1)), nn.Tanh())
+
+    stored, net = (sequence(value, branch=branch, exact=exact) for value in ("store", activations))
+    for _ in range(2):
+        _, truth = step(stored, x)
+        _, found = step(net, x)
+    assert same(found, truth, exact)
+    assert all(map(torch.equal, net.buffers(), stored.buffers()))
+
+
+@MODES
+def test_cached_parametrizations_get_their_gradients(activations, exact, x):
+    def gradients(value):
+        net = sequence(value, branch=lambda c: weight_norm(nn.Conv2d(c, c, 1)), exact=exact)
+        with nn.utils.parametrize.cached():
+            return step(net, x)[1]
+
+    assert same(gradients(activations), gradients("store"), exact)

@@ -1,0 +1,81 @@
+"""What becomes of the activations, chosen for a sequence, for each layer, and in a live network."""
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import ReversibleSequence, set_activations
+from revnet.reversible import Merge, Split
+from tests.reversible.networks import EXACT, Transition, blocks, same, sequence, step
+
+
+def with_transition():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(2)
+        return [Split(), *blocks(2, 4), Transition(4).double(), *blocks(2, 4), Merge()]
+
+
+@EXACT
+def test_a_layer_without_inverse_is_recomputed_inside_a_reconstructed_sequence(exact):
+    net = ReversibleSequence(with_transition(), "reconstruct", exact)
+    assert net.plan() == ("reconstruct",) * 3 + ("recompute",) + ("reconstruct",) * 3
+    x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
+    _, truth = step(ReversibleSequence(with_transition(), "store", exact), x)
+    _, found = step(net, x)
+    assert same(found, truth, exact)
+
+
+def test_splits_and_merges_are_undone_where_blocks_are_recomputed():
+    net = ReversibleSequence(with_transition(), "recompute")
+    assert net.plan() == ("reconstruct", *["recompute"] * 5, "reconstruct")
+    net.activations = ["recompute"] * 7
+    assert net.plan() == ("recompute",) * 7
+
+
+def test_a_plan_is_kept_as_it_is_given():
+    plan = ("reconstruct", "store", "recompute", "recompute", "reconstruct", "store", "reconstruct")
+    net = ReversibleSequence(with_transition(), list(plan))
+    assert net.activations == net.plan() == plan
+
+
+def test_a_failed_switch_leaves_the_old_value():
+    net = sequence("recompute")
+    with pytest.raises(ValueError, match="values for"):
+        net.activations = ["store"]
+    assert net.activations == "recompute"
+
+
+def test_set_activations_switches_values_and_distributes_plans():
+    net = nn.Sequential(sequence("store", 1), nn.Tanh(), sequence("store", 2))
+    set_activations(net, "recompute")
+    assert net[0].activations == net[2].activations == "recompute"
+    set_activations(net, ["store", "reconstruct", "store"] + ["recompute"] * 4)
+    assert net[0].activations == ("store", "reconstruct", "store")
+    assert net[2].activations == ("recompute",) * 4
+
+
+def test_a_plan_that_fails_leaves_every_sequence_as_it_was():
+    net = nn.Sequential(sequence("store", 1), ReversibleSequence([Transition(2)], "store"))
+    with pytest.raises(ValueError, match="to reconstruct"):
+        set_activations(net, ["recompute"] * 3 + ["reconstruct"])
+    assert net[0].activations == "store"
+
+
+def test_set_activations_leaves_other_attributes_of_that_name_alone():
+    net = nn.Sequential(sequence("store", 1), nn.Identity())
+    net[1].activations = "relu"
+    set_activations(net, "recompute")
+    assert net[1].activations == "relu"
+
+
+def test_a_slice_keeps_its_part_of_the_plan():
+    net = ReversibleSequence(blocks(4, 2), ["store", "recompute", "reconstruct", "store"], exact=True)
+    assert net[1:3].activations == ("recompute", "reconstruct")
+    assert net[1:3].exact is True
+    assert net[0] is next(iter(net))
+
+
+def test_a_sequence_prints_its_choices():
+    text = repr(sequence("recompute", exact=True))
+    assert "activations='recompute', exact=True" in text
+    assert "Split(dim=1)" in text
