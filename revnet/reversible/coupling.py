@@ -84,7 +84,7 @@ def _log_scale_and_shift(h: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         )
     for part in h:
         _check_branch_output(part, x)
-    return h
+    return h[0].to(x.dtype), h[1].to(x.dtype)  # exp(s) and exp(-s) in half precision are not each other's inverse
 
 
 class Step(NamedTuple):

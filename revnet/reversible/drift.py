@@ -42,13 +42,17 @@ class Sample:
     def error(self, state: State) -> Tensor:
         """||state - true|| / ||true|| in the worst of the sample's parts, a 0-dim tensor on the device.
 
-        In the worst, so that one example or one channel that is lost does not vanish among the others. Nothing waits
-        for the device. With a checksum: 0 if every bit is equal, and more than 0 if not, wherever the difference lies.
+        In the worst, so that one example or one channel that is lost does not vanish among the others; but relative to
+        both halves, one of which may be zero. Nothing waits for the device. With a checksum: 0 if every bit is equal,
+        and more than 0 if not, wherever the difference lies.
         """
         errors = torch.stack(torch._foreach_norm(torch._foreach_sub(_parts(state), self.parts)))
+        scales = torch.stack(torch._foreach_norm(self.parts))
+        if len({x.ndim for x in state}) == 1:  # then the halves have the same parts, in the same order
+            scales = scales.view(len(state), -1).norm(dim=0).repeat(len(state))
         # A state of zeros that is reconstructed as zeros has no error; 0 / 0 would say nan.
-        worst = torch.where(errors == 0, errors, errors / torch.stack(torch._foreach_norm(self.parts))).amax()
+        worst = torch.where(errors == 0, errors, errors / scales).amax()
         if self.checksum is None:
             return worst
         different = (checksum(state) != self.checksum).any()
-        return torch.where(different, worst.clamp_min(torch.finfo(worst.dtype).eps), 0.0)
+        return torch.where(different, worst.clamp_min(torch.finfo(worst.dtype).eps), worst)

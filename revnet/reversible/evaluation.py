@@ -31,6 +31,10 @@ __all__ = [
 
 T = TypeVar("T")
 Slot = tuple[nn.Module, str, Tensor]
+_CHANGES_INPUT = (
+    "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
+    "operation that does not (inplace=False)"
+)
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, _InstanceNorm.forward)
 
 
@@ -83,8 +87,8 @@ class Autocast:
     def restored(self) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, enabled, dtype in self.settings:
-                # Without the weight cache: a weight used twice would otherwise sum its gradient in half precision.
-                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
+                cached = not self.enabled  # as in the first evaluation: see ReversibleSequence
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=cached))
             yield
 
 
@@ -122,8 +126,10 @@ class Evaluation:
         parameters: every place that held a parameter, with the tensor it held at the time; under
             `torch.func.functional_call` that is not the one the module holds later.
         buffers: values before the first evaluation of the buffers that it changed and that its result may depend on.
+        unchanged: the other buffers, and how often they had been changed in place.
         random: states of the random generators before it, or None if it drew nothing.
         device: where it ran.
+        with_graph: whether the first evaluation had a graph, so that the second must have one too.
         sample: a few values of its result, to compare with the second one's; None if they are not to be compared.
     """
 
@@ -131,8 +137,10 @@ class Evaluation:
     modes: tuple[tuple[nn.Module, bool], ...]
     parameters: tuple[Slot, ...]
     buffers: tuple[Slot, ...]
+    unchanged: tuple[tuple[nn.Module, str, Tensor, int], ...]
     random: tuple[Tensor, ...] | None
     device: torch.device
+    with_graph: bool
     sample: Sample | None = None
 
     def sampled(self, result: State) -> Evaluation:
@@ -146,6 +154,13 @@ class Evaluation:
         Aliases, because a product taken with respect to the parameters themselves would set off their hooks, and
         scratch copies, because the second evaluation must not count in the running statistics.
         """
+        for owner, name, buffer, version in self.unchanged:
+            if owner._buffers.get(name) is not buffer or _version(buffer) != version:
+                raise RuntimeError(
+                    f"buffer {name!r} of {type(owner).__name__} in a reversible sequence was changed between the "
+                    f"forward and the backward pass; change it after the backward pass, or keep the activations "
+                    f'(activations="store")'
+                )
         aliases: dict[int, Tensor] = {}
         restore: list[tuple[dict[str, Any], str, Any]] = []
         switched = [(module, training) for module, training in self.modes if module.training != training]
@@ -211,15 +226,20 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
     """Runs `compute(*state)`, the first evaluation of `module`, and notes what a second one needs."""
     device = state[0].device
     tape, _local.tape = _local.tape, None
-    modes = tuple([(m, m.training) for m in modules_in(module)])
-    owners = tuple([m for m, _ in modes if m._parameters or m._buffers])
+    modules = modules_in(module)
+    modes = tuple([(m, m.training) for m in modules])
+    owners = tuple([m for m in modules if m._parameters or m._buffers])
     try:
         before = _random_states(device)
         buffers = _stateful_buffers(owners)
-        result = _as_second(compute, state) if any(_is_compiled(m) for m, _ in modes) else compute(*state)
+        with_graph = any(map(_depends_on_grad_mode, modules))
+        versions = [_version(x) for x in state]
+        result = _as_second(compute, state) if with_graph else compute(*state)
         after = _random_states(device)
     finally:
         _local.tape = tape
+    if [_version(x) for x in state] != versions:
+        raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
     drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     changed = tuple(
         (owner, name, copy)
@@ -227,20 +247,25 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
         # In evaluation mode the statistics are read, and a later step in training mode may change them.
         if owner._buffers[name] is not value or value._version != version or isinstance(owner, _NormBase)
     )
+    kept = {(id(owner), name) for owner, name, _ in changed}
+    unchanged = tuple((o, n, value, v) for o, n, value, _, v in buffers if (id(o), n) not in kept)
     slots = tuple((m, n, p) for m in owners for n, p in m._parameters.items() if p is not None)
-    return result, Evaluation(owners, modes, slots, changed, before if drew else None, device)
+    random = before if drew else None
+    return result, Evaluation(owners, modes, slots, changed, unchanged, random, device, with_graph)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` or `torch.compile(module)` made it."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+def _depends_on_grad_mode(module: nn.Module) -> bool:
+    """Whether a module may compute other last bits where it need give no gradients.
+
+    Compiled code does (by `module.compile()` or `torch.compile(module)`), and torch's transformer layers in eval mode.
+    """
+    if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        return True
+    return not module.training and isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
 
 
 def _as_second(compute: Callable[..., T], state: State) -> T:
-    """`compute(*state)` with a graph, which is dropped.
-
-    Compiled code that can give gradients may have other last bits than code that cannot; so the first one serves both.
-    """
+    """`compute(*state)` with a graph, as the second evaluation will have; it is dropped."""
     leaves = [x.detach().requires_grad_(is_differentiable(x)) for x in state]
     with torch.enable_grad():
         return pytree.tree_map_only(Tensor, Tensor.detach, compute(*leaves))
@@ -261,10 +286,7 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
     version = _version(x)
     result = module(x) if context is None else module(x, context)
     if _version(x) != version:
-        raise ValueError(
-            f"{type(module).__name__} changes its input in place, and its input is a half of the state that others "
-            f"still read; begin the branch with an operation that does not (inplace=False)"
-        )
+        raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
     return result
 
 

@@ -44,8 +44,7 @@ def apply_run(run: Run, state: State, context: Any, log_det: Tensor | None) -> t
     inputs = [*state, *([] if log_det is None else [log_det])]
     parameters = run.parameters()
     trainable = [p for p in parameters if p.requires_grad]
-    versions: list[tuple[Tensor, int]] = [(p, p._version) for p in parameters]
-    job = _Job(run, len(state), log_det is not None, structure, trainable, versions)
+    job = _Job(run, len(state), log_det is not None, structure, trainable)
     outputs = _ReversibleFunction.apply(job, *inputs, *structure.tensors(context), *trainable)
     return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
@@ -60,8 +59,6 @@ class _Job:
     context: ContextStructure
     parameters: list[nn.Parameter]
     """The trainable ones."""
-    versions: list[tuple[Tensor, int]]
-    """Every parameter, with how often it had been changed in place."""
 
     def unpack(self, tensors: tuple[Tensor, ...]) -> tuple[State, Tensor | None, list[Tensor]]:
         state, rest = tensors[: self.states], list(tensors[self.states :])
@@ -78,6 +75,7 @@ class _ReversibleFunction(torch.autograd.Function):
         # To module hooks (those of torch's own counters) a tensor that requires grad must have a gradient function.
         state = tuple(x.detach() for x in state)
         context_tensors = [c.detach().requires_grad_(c.requires_grad) for c in context_tensors]
+        context_versions = [c._version for c in context_tensors]
         context = job.context.rebuild(context_tensors)
         ctx.autocast = Autocast.current(state[0].device)
         ctx.set_materialize_grads(False)
@@ -94,16 +92,23 @@ class _ReversibleFunction(torch.autograd.Function):
             if reconstruct and isinstance(layer, Coupling):
                 with recording(job.run.tolerance is not None) as evaluations:
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
-                if job.run.first not in job.run.inspected:
-                    _check_all_in_branches(layer, evaluations)
+                if any(step.branch not in job.run.inspected for step in layer.steps()):
+                    _check_layer(layer, evaluations)
             else:
                 state, log_det, evaluation = _observed(job.run, layer, state, context, log_det)
+                state = tuple(x.detach() for x in state)  # from a graph that the layer may have built on its own
                 evaluations = [evaluation]
             traces.append(_Trace(kept, tuple(evaluations), begins))
             follows_known = not reconstruct
         if job.run.reconstruct[-1]:
             saved.extend(state)
+        if [c._version for c in context_tensors] != context_versions:
+            raise ValueError(
+                "a branch changes the context in place, which every other branch still reads; let it make a new tensor"
+            )
         ctx.job, ctx.traces = job, traces
+        # After the pass, because it may write to parameters (an embedding with max_norm does).
+        ctx.versions = [(p, p._version) for p in job.run.parameters()]
         # The traces hold the parameters: saving them here too would let saved-tensor hooks move them about.
         ctx.save_for_backward(*saved, *job.unpack(tensors)[2])
         return state if log_det is None else (*state, log_det)
@@ -117,7 +122,7 @@ class _ReversibleFunction(torch.autograd.Function):
                 '(create_graph=True); switch it to activations="store", where that works'
             )
         job: _Job = ctx.job
-        _check_unchanged(job)
+        _check_unchanged(job.run, ctx.versions)
         for layer in job.run.layers:
             if isinstance(layer, Coupling):
                 layer.exact = job.run.exact  # it may have been switched since
@@ -151,7 +156,6 @@ class _ReversibleFunction(torch.autograd.Function):
                 errors.append(trace.sample.error(tuple(state)))
         if errors:
             job.run.report(torch.stack(errors).amax())
-        job.run.inspected.add(job.run.first)
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
         flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.parameters)]
@@ -167,7 +171,13 @@ def _observed(
     return output, log_det, evaluation if run.tolerance is None else evaluation.sampled(output)
 
 
-def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:
+def _check_layer(layer: Coupling, evaluations: list[Evaluation]) -> None:
+    """Refuses what would be silently left out when the layer is undone move by move."""
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        raise ValueError(
+            f"{type(layer).__name__} has a backward hook, which would not run where the layer is reconstructed; "
+            f'register it on its branches, or give the layer "recompute" or "store"'
+        )
     covered = {id(p) for e in evaluations for _, _, p in e.parameters}
     for name, parameter in layer.named_parameters():
         if id(parameter) not in covered:
@@ -177,9 +187,8 @@ def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> No
             )
 
 
-def _check_unchanged(job: _Job) -> None:
-    run = job.run
-    for parameter, version in job.versions:
+def _check_unchanged(run: Run, versions: list[tuple[Tensor, int]]) -> None:
+    for parameter, version in versions:
         if parameter._version != version:
             named = [
                 name

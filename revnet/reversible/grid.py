@@ -23,26 +23,32 @@ def check_dtype(x: Tensor) -> None:
     if x.dtype not in GRID:
         raise TypeError(
             f"exact=True needs a residual stream of float32 or float64, got {x.dtype}: half precision has no digits to "
-            f"spare for a grid; run the branches in half precision by torch.autocast instead"
+            f"spare for a grid; run the branches in half precision by torch.autocast instead, or set exact=False"
         )
 
 
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
     """`h` as a tensor of `dtype`, rounded to a multiple of the grid's step; its gradient passes straight through.
 
-    Adding and taking away 1.5 * 2 ** (p - 1 - GRID) leaves no bits for anything finer than the step. It is two
-    additions of a constant, so autograd's own derivative of it is the identity. Where |h| is beyond a quarter of the
-    range the rounding is coarser, yet the result is still on the grid.
+    Adding half the range, away from zero, and taking it away again leaves no bits for anything finer than the step. To
+    autograd the shift is a constant, so its own derivative of this is the identity. Where |h| is beyond half the range
+    the rounding is coarser, yet the result is still on the grid.
     """
-    shift = 1.5 * 2.0 ** (_BITS[dtype] - 1 - GRID[dtype])
-    return (h.to(dtype) + shift).sub_(shift)
+    h = h.to(dtype)
+    shift = torch.copysign(h.new_full((), range_of(dtype) / 2), h.detach())
+    return (h + shift).sub_(shift)
 
 
 def checksum(state: tuple[Tensor, ...]) -> Tensor:
-    """The sum of all bits of the state as integers that wrap around: equal states have equal sums in any layout."""
+    """Sums of all bits of the state, and of their squares, as integers that wrap around.
+
+    Equal states have equal sums in any layout. The squares are there because errors of one step up and one step down,
+    which rounding makes, cancel in a plain sum.
+    """
     sums = []
     for x in state:
         # In the order of memory, whatever the layout: a strided sum of integers is a hundred times slower.
         flat = (x if x.is_contiguous() or x.ndim < 3 else x.movedim(1, -1)).detach().reshape(-1)
-        sums.append(flat.view(_INTEGER[x.dtype]).sum(dtype=_INTEGER[x.dtype]))
+        bits = flat.view(_INTEGER[x.dtype])
+        sums += [bits.sum(dtype=bits.dtype), (bits * bits).sum(dtype=bits.dtype)]
     return torch.stack(sums)

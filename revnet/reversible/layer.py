@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet.reversible.grid import to_grid
+from revnet.reversible.grid import check_dtype, to_grid
 
 __all__ = ["State", "apply_layer", "as_state", "as_stream", "invert_layer", "is_invertible", "on_grid"]
 
@@ -45,6 +45,8 @@ def as_stream(state: State) -> State:
 
 def on_grid(state: State) -> State:
     """The state rounded to the fixed-point grid of the exact mode."""
+    for x in state:
+        check_dtype(x)
     return tuple(to_grid(x, x.dtype) for x in state)
 
 
@@ -59,20 +61,20 @@ def apply_layer(
 
     Under `exact` the output of a layer without an inverse is put on the fixed-point grid; the others stay on it.
     """
-    if log_det is None:
-        state = as_stream(as_state(layer(*state, **_arguments(context)), layer))
-        return (state if not exact or is_invertible(layer) else on_grid(state)), None
     with_log_det = getattr(layer, "forward_and_log_det", None)
-    if callable(with_log_det):
+    if log_det is not None and callable(with_log_det):
         output, term = with_log_det(*state, **_arguments(context))
-    elif is_invertible(layer):
+    elif log_det is None or is_invertible(layer):
         output, term = layer(*state, **_arguments(context)), None
     else:
         raise TypeError(
             f"{type(layer).__name__} has no log-determinant: it has neither `forward_and_log_det` nor `inverse`; "
             f"leave it out of a flow or give it both"
         )
-    return as_stream(as_state(output, layer)), log_det if term is None else log_det + term
+    state = as_stream(as_state(output, layer))
+    if exact and not is_invertible(layer):
+        state = on_grid(state)
+    return state, log_det if term is None or log_det is None else log_det + term
 
 
 def invert_layer(layer: nn.Module, state: State, context: Any = None) -> State:

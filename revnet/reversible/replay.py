@@ -51,7 +51,7 @@ class Replay:
         wanted = grad is not None or self.grad_log_det is not None
         with evaluation.aliased() as aliases:
             x = state[other].detach().requires_grad_(needed and is_differentiable(state[other]))
-            with torch.set_grad_enabled(wanted), evaluation.surroundings(self.autocast):
+            with torch.set_grad_enabled(wanted or evaluation.with_graph), evaluation.surroundings(self.autocast):
                 h = call(step.branch, x, self.context)
             self._compare(step.branch, evaluation, as_state(h, step.branch))
             with torch.no_grad():
@@ -67,7 +67,7 @@ class Replay:
                 outputs, leaves = [(y, grad), (term, self.grad_log_det)], [before, x]
                 del y, term
             del h
-            products = self._product(outputs, leaves, aliases)
+            products = self._product(step.branch, outputs, leaves, aliases)
         if not isinstance(step.rule, Addition):
             grads[moved] = products[0]
         # In autograd's order: of two memory formats the sum takes the first one's.
@@ -110,7 +110,7 @@ class Replay:
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
             del output, log_det
             grads.clear()
-            grads.extend(self._product(outputs, leaves, aliases))
+            grads.extend(self._product(layer, outputs, leaves, aliases))
 
     def _compare(self, module: nn.Module, evaluation: Evaluation, result: State) -> None:
         if evaluation.sample is None or self.run.tolerance is None:
@@ -125,7 +125,11 @@ class Replay:
             )
 
     def _product(
-        self, outputs: list[tuple[Any, Tensor | None]], leaves: list[Tensor], aliases: dict[int, Tensor]
+        self,
+        module: nn.Module,
+        outputs: list[tuple[Any, Tensor | None]],
+        leaves: list[Tensor],
+        aliases: dict[int, Tensor],
     ) -> list[Tensor | None]:
         """The vector-Jacobian product. Gradients of parameters and context are summed up, those of leaves returned.
 
@@ -141,10 +145,11 @@ class Replay:
         context = [(id(alias), alias) for alias in self.context_aliases]
         shared = [(key, alias) for key, alias in (*context, *aliases.items()) if alias.requires_grad]
         targets = [x for x in leaves if x.requires_grad] + [alias for _, alias in shared]
+        if edges and module not in self.run.inspected:
+            _check_nothing_hidden([edge.node for edge in edges], targets)
+            self.run.inspected.add(module)
         if not edges or not targets:
             return [None] * len(leaves)
-        if self.run.first not in self.run.inspected:
-            _check_nothing_hidden([edge.node for edge in edges], targets)
         found = list(torch.autograd.grad(edges, targets, cotangents, allow_unused=True))
         products = [found.pop(0) if x.requires_grad else None for x in leaves]
         for (key, _), gradient in zip(shared, found, strict=True):

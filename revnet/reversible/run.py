@@ -28,7 +28,7 @@ class Run:
         exact: whether the stream is on the fixed-point grid.
         tolerance: relative difference from which a branch's two evaluations are called different; None: not compared.
         report: receives the reconstruction error of every backward pass over the run.
-        inspected: the runs of the sequence, by their first layer, whose branches were found to hide no tensors.
+        inspected: the branches and recomputed layers that were found to hide no tensors.
     """
 
     layers: tuple[nn.Module, ...]
@@ -37,7 +37,7 @@ class Run:
     exact: bool
     tolerance: float | None
     report: Callable[[Tensor], None]
-    inspected: set[int]
+    inspected: set[nn.Module]
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters, each once."""

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 from revnet.reversible.coupling import Coupling
 from revnet.reversible.evaluation import Autocast
 from revnet.reversible.function import apply_run
-from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Merge, Split
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
 from revnet.reversible.run import Run
@@ -69,7 +68,9 @@ class ReversibleSequence(nn.ModuleList):
             rounded on entry and behind every layer without an inverse, what a branch returns before it is added; the
             gradient passes straight through. It holds values below 256 in fp32 (2^21 in fp64); a checksum of the whole
             state finds on the way back if any went beyond, and `reconstruction_error` is then more than 0. Additive
-            couplings only (ValueError for others), fp32 or fp64 state only (TypeError). None means False.
+            couplings only (ValueError for others), fp32 or fp64 state only (TypeError). None, the default, is True for
+            an fp32 state where every layer allows it (it costs a few percent of a step), False elsewhere: fp64 hardly
+            drifts.
 
     Attributes:
         reconstruction_error: ||reconstructed - true|| / ||true|| of the last backward pass, the worst of the stretches
@@ -104,7 +105,7 @@ class ReversibleSequence(nn.ModuleList):
         super().__init__(layers)
         self.exact = exact
         self._errors: dict[int, Tensor] = {}
-        self._inspected: set[int] = set()
+        self._inspected: set[nn.Module] = set()
         self.watch = Watch()
         self.activations = activations
 
@@ -117,6 +118,7 @@ class ReversibleSequence(nn.ModuleList):
     def activations(self, activations: Activations) -> None:
         self._activations = self.checked(activations)
         self._errors.clear()
+        self._inspected.clear()
 
     def checked(self, activations: Activations) -> Activations:
         """The value, or the plan as a tuple; ValueError if this sequence cannot take it."""
@@ -187,14 +189,14 @@ class ReversibleSequence(nn.ModuleList):
         _check_state(state)
         if isinstance(state[0], torch.fx.Proxy):
             return self._traced(state, context), log_det
-        cached = torch.is_autocast_cache_enabled()
-        # A cached half-precision copy of a weight used twice would sum its gradient in half precision.
-        torch.set_autocast_cache_enabled(False)
+        cached, autocast = torch.is_autocast_cache_enabled(), Autocast.current(state[0].device).enabled
+        # A cached half-precision copy of a weight used twice would sum its gradient in half precision. Without autocast
+        # the flag is left alone: compiled branches would be compiled again for the other value in the backward pass.
+        torch.set_autocast_cache_enabled(cached and not autocast)
         try:
             state = as_stream(state)
             _check_halves(state)
             exact = self._settle_exact(state)
-            autocast = Autocast.current(state[0].device).enabled
             if exact and len(self) and is_invertible(self[0]):
                 state = on_grid(state)
             first = 0
@@ -223,13 +225,16 @@ class ReversibleSequence(nn.ModuleList):
         if exact not in (True, False, None):
             raise ValueError(f"exact must be True, False or None (the default); got {exact!r}")
         if exact:
-            for index, layer in enumerate(self):
-                if not _can_be_exact(layer):
-                    raise ValueError(
-                        f"exact=True: layer {index} ({type(layer).__name__}) cannot be undone to the bit: it is no "
-                        f"additive coupling, Split or Merge; use additive couplings, or exact=False"
-                    )
+            self._check_exact()
         self._exact = exact
+
+    def _check_exact(self) -> None:
+        for index, layer in enumerate(self):
+            if not _can_be_exact(layer):
+                raise ValueError(
+                    f"exact=True: layer {index} ({type(layer).__name__}) cannot be undone to the bit: it is no "
+                    f"additive coupling, Split or Merge; use additive couplings, or exact=False"
+                )
 
     def __getitem__(self, index: Any) -> Any:
         """A layer, or for a slice a sequence over these layers with their part of the plan."""
@@ -245,14 +250,19 @@ class ReversibleSequence(nn.ModuleList):
         self.watch.see(error, autocast, exact)
 
     def _settle_exact(self, state: State) -> bool:
-        exact = bool(self._exact)
-        if exact:
-            for x in state:
-                check_dtype(x)
+        exact = self._exact
+        if exact is None:
+            exact = all(x.dtype == torch.float32 for x in state) and self._can_be_exact()
+        elif exact:
+            self._check_exact()
         for layer in self:
             if isinstance(layer, Coupling):
                 layer.exact = exact
         return exact
+
+    def _can_be_exact(self) -> bool:
+        """Whether there is something to be undone to the bit, and nothing that cannot be."""
+        return any(isinstance(layer, Coupling) for layer in self) and all(map(_can_be_exact, self))
 
     def _traced(self, state: State, context: Any) -> State:
         """In a symbolic trace a sequence is a leaf, which keeps its memory saving."""

@@ -117,8 +117,7 @@ class DriftGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Clip gradients again."""
-        if self._clip_val is not None:
-            trainer.gradient_clip_val, self._clip_val = self._clip_val, None
+        self._clip_again(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge what has arrived of the last steps, and give the sequences their own thresholds back."""
@@ -128,6 +127,7 @@ class DriftGuard(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the sequences their own thresholds back."""
+        self._clip_again(trainer)
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,6 +160,10 @@ class DriftGuard(Callback):
         values = trainer.strategy.reduce(errors, reduce_op="max").tolist()
         pairs = zip(watches.items(), values, strict=True)
         return {name: error for (name, watch), error in pairs if error > watch.fall_back_above}
+
+    def _clip_again(self, trainer: pl.Trainer) -> None:
+        if self._clip_val is not None:
+            trainer.gradient_clip_val, self._clip_val = self._clip_val, None
 
     def _release(self) -> None:
         for sequence, own in self._guarded.values():
