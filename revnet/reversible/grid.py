@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["GRID", "checksum", "check_dtype", "range_of", "to_grid"]
 
@@ -28,15 +29,16 @@ def check_dtype(x: Tensor) -> None:
 
 
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """`h` as a tensor of `dtype`, rounded to a multiple of the grid's step; its gradient passes straight through.
+    """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through.
 
-    Adding half the range, away from zero, and taking it away again leaves no bits for anything finer than the step. To
-    autograd the shift is a constant, so its own derivative of this is the identity. Where |h| is beyond half the range
-    the rounding is coarser, yet the result is still on the grid.
+    The step is a power of two, so the product with it is exact and rounding is all that happens, at any size of |h|.
     """
     h = h.to(dtype)
-    shift = torch.copysign(h.new_full((), range_of(dtype) / 2), h.detach())
-    return (h + shift).sub_(shift)
+    steps = 2.0 ** GRID[dtype]
+    rounded = (h.detach() * steps).round_().mul_(1 / steps)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return h + (rounded - h.detach())  # both are exact: the difference has no more digits than h
+    return rounded
 
 
 def checksum(state: tuple[Tensor, ...]) -> Tensor:
@@ -49,6 +51,7 @@ def checksum(state: tuple[Tensor, ...]) -> Tensor:
     for x in state:
         # In the order of memory, whatever the layout: a strided sum of integers is a hundred times slower.
         flat = (x if x.is_contiguous() or x.ndim < 3 else x.movedim(1, -1)).detach().reshape(-1)
+        flat = flat + 0.0  # makes -0 a 0: both are the same state
         bits = flat.view(_INTEGER[x.dtype])
         sums += [bits.sum(dtype=bits.dtype), (bits * bits).sum(dtype=bits.dtype)]
     return torch.stack(sums)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from revnet.reversible.coupling import Coupling
 from revnet.reversible.evaluation import Autocast
 from revnet.reversible.function import apply_run
+from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Merge, Split
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
 from revnet.reversible.run import Run
@@ -180,7 +181,9 @@ class ReversibleSequence(nn.ModuleList):
             ValueError: a layer has no inverse.
         """
         state: State = (y1,) if y2 is None else (y1, y2)
-        self._settle_exact(state)
+        if self._settle_exact(state):
+            for y in state:
+                check_dtype(y)
         for layer in reversed(self):
             state = invert_layer(layer, state, context)
         return _unwrap(state)
