@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet.reversible.evaluation import evaluate
-from revnet.reversible.grid import to_grid
+from revnet.reversible.grid import add_on_grid, subtract_on_grid
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleBlock", "Step"]
 
@@ -37,10 +37,10 @@ class _ExactAddition(Addition):
 
     def move(self, x: Tensor, h: Any) -> tuple[Tensor, None]:
         _check_branch_output(h, x)
-        return x + to_grid(h, x.dtype), None
+        return add_on_grid(x, h), None
 
     def undo(self, y: Tensor, h: Any) -> Tensor:
-        return y - to_grid(h, y.dtype)
+        return subtract_on_grid(y, h)
 
 
 class _Affine:

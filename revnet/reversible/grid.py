@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["GRID", "checksum", "check_dtype", "range_of", "to_grid"]
+__all__ = ["GRID", "add_on_grid", "checksum", "check_dtype", "range_of", "subtract_on_grid", "to_grid"]
 
 # Exponent of the grid's step, 2 ** -GRID. A float of p bits holds the multiples of it below 2 ** (p - GRID) exactly.
 GRID = {torch.float32: 16, torch.float64: 32}
@@ -36,9 +38,30 @@ def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
     h = h.to(dtype)
     steps = 2.0 ** GRID[dtype]
     rounded = (h.detach() * steps).round_().mul_(1 / steps)
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if _derivatives_wanted():
         return h + (rounded - h.detach())  # both are exact: the difference has no more digits than h
     return rounded
+
+
+def _derivatives_wanted() -> bool:
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def add_on_grid(x: Tensor, h: Tensor) -> Tensor:
+    """x + h, with h rounded to the grid."""
+    return _over(torch.add, x, to_grid(h, x.dtype))
+
+
+def subtract_on_grid(y: Tensor, h: Tensor) -> Tensor:
+    """y - h, with h rounded to the grid: undoes `add_on_grid` to the bit where y is within the range."""
+    return _over(torch.sub, y, to_grid(h, y.dtype))
+
+
+def _over(operation: Callable[..., Tensor], x: Tensor, rounded: Tensor) -> Tensor:
+    """operation(x, rounded), written over `rounded` where that can be: one tensor less at the peak."""
+    if _derivatives_wanted() or x.stride() != rounded.stride():
+        return operation(x, rounded)
+    return operation(x, rounded, out=rounded)
 
 
 def checksum(state: tuple[Tensor, ...]) -> Tensor:

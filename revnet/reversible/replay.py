@@ -104,7 +104,9 @@ class Replay:
                 start = None if self.grad_log_det is None else torch.zeros_like(self.grad_log_det)
                 # Views, because hooks on the inputs of a module (those of torch's counters) refuse leaves here.
                 inputs = tuple(x.view_as(x) for x in leaves)
-                output, log_det = apply_layer(layer, inputs, self.context, start, self.run.exact)
+                # Rounding to the grid does not change the gradient, so the output is rounded only to be compared.
+                exact = self.run.exact and evaluation.sample is not None
+                output, log_det = apply_layer(layer, inputs, self.context, start, exact)
                 del inputs
             self._compare(layer, evaluation, output)
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
