@@ -10,6 +10,8 @@ from revnet.reversible.layer import State
 
 __all__ = ["Sample"]
 
+SMALL = 1e-3  # root mean square below which a state is next to nothing
+
 
 def _sparse(x: Tensor, whole: int) -> Tensor:
     """A view of `x` that has every index of dimension `whole` and two of each other (eight of a single other)."""
@@ -25,6 +27,11 @@ def _parts(state: State) -> list[Tensor]:
         axes = sorted({0, 1, x.ndim - 1}) if x.ndim > 1 else [0]
         parts += [_sparse(x.detach(), axis) for axis in axes] if x.ndim else [x.detach()]
     return [part.to(torch.promote_types(part.dtype, torch.float32), copy=True) for part in parts]
+
+
+def _root_mean_squares(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    sizes = [max(1, part.numel()) ** 0.5 for part in parts]
+    return torch.stack(torch._foreach_div(torch._foreach_norm(parts), sizes))
 
 
 class Sample:
@@ -43,15 +50,14 @@ class Sample:
         """||state - true|| / ||true|| in the worst of the sample's parts, a 0-dim tensor on the device.
 
         In the worst, so that one example or one channel that is lost does not vanish among the others; but relative to
-        both halves, one of which may be zero. Nothing waits for the device. With a checksum: 0 if every bit is equal,
-        and more than 0 if not, wherever the difference lies.
+        both halves together, one of which may be zero, and to a root mean square of 1e-3 at least. Nothing waits for
+        the device. With a checksum: 0 if every bit is equal, and more than 0 if not, wherever the difference lies.
         """
-        errors = torch.stack(torch._foreach_norm(torch._foreach_sub(_parts(state), self.parts)))
-        scales = torch.stack(torch._foreach_norm(self.parts))
+        errors = _root_mean_squares(torch._foreach_sub(_parts(state), self.parts))
+        scales = _root_mean_squares(self.parts)
         if len({x.ndim for x in state}) == 1:  # then the halves have the same parts, in the same order
             scales = scales.view(len(state), -1).norm(dim=0).repeat(len(state))
-        # A state of zeros that is reconstructed as zeros has no error; 0 / 0 would say nan.
-        worst = torch.where(errors == 0, errors, errors / scales).amax()
+        worst = (errors / scales.clamp_min(SMALL)).amax()
         if self.checksum is None:
             return worst
         different = (checksum(state) != self.checksum).any()

@@ -155,10 +155,10 @@ class Evaluation:
         scratch copies, because the second evaluation must not count in the running statistics.
         """
         for owner, name, buffer, version in self.unchanged:
-            if owner._buffers.get(name) is not buffer or _version(buffer) != version:
+            if _version(buffer) != version:
                 raise RuntimeError(
-                    f"buffer {name!r} of {type(owner).__name__} in a reversible sequence was changed between the "
-                    f"forward and the backward pass; change it after the backward pass, or keep the activations "
+                    f"buffer {name!r} of {type(owner).__name__} in a reversible sequence was changed in place between "
+                    f"the forward and the backward pass; change it after the backward pass, or keep the activations "
                     f'(activations="store")'
                 )
         aliases: dict[int, Tensor] = {}
@@ -175,7 +175,9 @@ class Evaluation:
                     aliases[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
                 restore.append((owner._parameters, name, owner._parameters[name]))
                 owner._parameters[name] = aliases[id(parameter)]  # type: ignore[assignment]
-            earlier = {(id(owner), name): value for owner, name, value in self.buffers}
+            # Of a buffer that something else replaced since, or functional_call for its duration, the one of that time.
+            earlier = {(id(owner), name): value for owner, name, value, _ in self.unchanged}
+            earlier |= {(id(owner), name): value for owner, name, value in self.buffers}
             for owner in self.owners:
                 for name, value in owner._buffers.items():
                     if value is not None:

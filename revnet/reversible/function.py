@@ -92,8 +92,10 @@ class _ReversibleFunction(torch.autograd.Function):
             if reconstruct and isinstance(layer, Coupling):
                 with recording(job.run.tolerance is not None) as evaluations:
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
-                if any(step.branch not in job.run.inspected for step in layer.steps()):
-                    _check_layer(layer, evaluations)
+                _check_hooks(layer)
+                if layer not in job.run.inspected:
+                    _check_all_in_branches(layer, evaluations)
+                    job.run.inspected.add(layer)
             else:
                 state, log_det, evaluation = _observed(job.run, layer, state, context, log_det)
                 state = tuple(x.detach() for x in state)  # from a graph that the layer may have built on its own
@@ -171,13 +173,15 @@ def _observed(
     return output, log_det, evaluation if run.tolerance is None else evaluation.sampled(output)
 
 
-def _check_layer(layer: Coupling, evaluations: list[Evaluation]) -> None:
-    """Refuses what would be silently left out when the layer is undone move by move."""
+def _check_hooks(layer: Coupling) -> None:
     if layer._backward_hooks or layer._backward_pre_hooks:
         raise ValueError(
             f"{type(layer).__name__} has a backward hook, which would not run where the layer is reconstructed; "
             f'register it on its branches, or give the layer "recompute" or "store"'
         )
+
+
+def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:
     covered = {id(p) for e in evaluations for _, _, p in e.parameters}
     for name, parameter in layer.named_parameters():
         if id(parameter) not in covered:

@@ -25,8 +25,9 @@ def check_dtype(x: Tensor) -> None:
     """Raises TypeError for a stream that the grid cannot hold."""
     if x.dtype not in GRID:
         raise TypeError(
-            f"exact=True needs a residual stream of float32 or float64, got {x.dtype}: half precision has no digits to "
-            f"spare for a grid; run the branches in half precision by torch.autocast instead, or set exact=False"
+            f"the exact mode needs a residual stream of float32 or float64, got {x.dtype}: half precision has no "
+            f"digits to spare for a grid; run the branches in half precision by torch.autocast instead, or set "
+            f"exact=False"
         )
 
 

@@ -67,7 +67,7 @@ class Replay:
                 outputs, leaves = [(y, grad), (term, self.grad_log_det)], [before, x]
                 del y, term
             del h
-            products = self._product(step.branch, outputs, leaves, aliases)
+            products = self._product(evaluation, outputs, leaves, aliases)
         if not isinstance(step.rule, Addition):
             grads[moved] = products[0]
         # In autograd's order: of two memory formats the sum takes the first one's.
@@ -112,7 +112,7 @@ class Replay:
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
             del output, log_det
             grads.clear()
-            grads.extend(self._product(layer, outputs, leaves, aliases))
+            grads.extend(self._product(evaluation, outputs, leaves, aliases))
 
     def _compare(self, module: nn.Module, evaluation: Evaluation, result: State) -> None:
         if evaluation.sample is None or self.run.tolerance is None:
@@ -128,7 +128,7 @@ class Replay:
 
     def _product(
         self,
-        module: nn.Module,
+        evaluation: Evaluation,
         outputs: list[tuple[Any, Tensor | None]],
         leaves: list[Tensor],
         aliases: dict[int, Tensor],
@@ -137,19 +137,23 @@ class Replay:
 
         Empties `outputs`: the graph alone holds what the product needs, so the outputs themselves can be freed.
         """
-        edges, cotangents = [], []
+        edges, cotangents, complete = [], [], True
         while outputs:
             output, cotangent = outputs.pop(0)
-            if output is not None and cotangent is not None and output.requires_grad:
-                edges.append(get_gradient_edge(output))
-                cotangents.append(cotangent.to(output.dtype))
+            if output is not None and output.requires_grad:
+                if cotangent is None:
+                    complete = False
+                else:
+                    edges.append(get_gradient_edge(output))
+                    cotangents.append(cotangent.to(output.dtype))
             del output, cotangent
         context = [(id(alias), alias) for alias in self.context_aliases]
         shared = [(key, alias) for key, alias in (*context, *aliases.items()) if alias.requires_grad]
         targets = [x for x in leaves if x.requires_grad] + [alias for _, alias in shared]
-        if edges and module not in self.run.inspected:
+        if edges and evaluation.modes not in self.run.inspected:
             _check_nothing_hidden([edge.node for edge in edges], targets)
-            self.run.inspected.add(module)
+            if complete:
+                self.run.inspected.add(evaluation.modes)
         if not edges or not targets:
             return [None] * len(leaves)
         found = list(torch.autograd.grad(edges, targets, cotangents, allow_unused=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from revnet.reversible.evaluation import modules_in
@@ -28,7 +29,8 @@ class Run:
         exact: whether the stream is on the fixed-point grid.
         tolerance: relative difference from which a branch's two evaluations are called different; None: not compared.
         report: receives the reconstruction error of every backward pass over the run.
-        inspected: the branches and recomputed layers that were found to hide no tensors.
+        inspected: what was found right before: layers with all their parameters in branches, and the modules (`modes`)
+            of evaluations that use no tensor that is none of their parameters.
     """
 
     layers: tuple[nn.Module, ...]
@@ -37,13 +39,14 @@ class Run:
     exact: bool
     tolerance: float | None
     report: Callable[[Tensor], None]
-    inspected: set[nn.Module]
+    inspected: set[Any]
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters, each once."""
         modules = [module for layer in self.layers for module in modules_in(layer)]
         unique = list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
         if any(type(p) not in (nn.Parameter, Tensor) for p in unique):
+            _check_materialised(self)
             _check_unsharded(self)
         return unique
 
@@ -69,6 +72,15 @@ class ContextStructure:
         rest = iter(tensors)
         leaves = [next(rest) if constant is _TENSOR else constant for constant in self.constants]
         return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _check_materialised(run: Run) -> None:
+    for name, module in run.named_modules():
+        if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+            raise ValueError(
+                f"{name} of a reversible sequence ({type(module).__name__}) has parameters without a shape yet; "
+                f"run one forward pass under torch.no_grad() first"
+            )
 
 
 def _check_unsharded(run: Run) -> None:

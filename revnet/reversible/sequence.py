@@ -106,7 +106,7 @@ class ReversibleSequence(nn.ModuleList):
         super().__init__(layers)
         self.exact = exact
         self._errors: dict[int, Tensor] = {}
-        self._inspected: set[nn.Module] = set()
+        self._inspected: set[Any] = set()
         self.watch = Watch()
         self.activations = activations
 

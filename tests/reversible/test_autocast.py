@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import ReversibleBlock, ReversibleSequence
+from revnet import AffineCoupling, ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split
-from tests.reversible.networks import DEVICES, EVERY, EXACT, MODES, blocks, relative, sequence
+from tests.reversible.networks import DEVICES, EVERY, EXACT, MODES, VALUES, blocks, relative, sequence
 
 
 def between_contexts(activations, exact, forward, backward):
@@ -81,6 +81,58 @@ def test_a_weight_used_twice_under_autocast_sums_its_gradient_in_float32(activat
     # A gradient summed in bf16 would have no digits beyond the eighth bit.
     assert not torch.equal(found, found.bfloat16().float())
     assert relative([found], [gradient("store")]) <= 1e-3
+
+
+class HalfPrecision(nn.Linear):
+    """Asks for half precision itself, and uses its weight twice."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(super().forward(x).tanh())
+
+
+@pytest.mark.parametrize("activations", VALUES[1:])
+@pytest.mark.parametrize("outer", [False, True], ids=["without", "within another"])
+def test_a_branch_with_an_autocast_context_of_its_own_gets_the_gradients_of_store(activations, outer):
+    def gradients(value):
+        torch.manual_seed(4)
+        layers = [ReversibleBlock(HalfPrecision(16, 16), HalfPrecision(16, 16)) for _ in range(2)]
+        net, x = ReversibleSequence(layers, value, exact=True), torch.randn(2, 32, 16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            y1, y2 = net(*x)
+        (y1 * y2).sum().backward()
+        return [p.grad for p in net.parameters()]
+
+    assert all(map(torch.equal, gradients(activations), gradients("store")))
+
+
+class Affine(nn.Linear):
+    def forward(self, x):
+        log_scale, shift = super().forward(x).chunk(2, dim=1)
+        return log_scale.tanh(), shift
+
+
+class Widened(Affine):
+    def forward(self, x):
+        log_scale, shift = super().forward(x)
+        return log_scale.float(), shift.float()
+
+
+@pytest.mark.parametrize("activations", VALUES[1:])
+def test_affine_couplings_scale_the_stream_in_float32(activations):
+    def results(value, branch=Affine):
+        torch.manual_seed(4)
+        net = ReversibleSequence([AffineCoupling(branch(32, 64), swap=bool(i % 2)) for i in range(8)], value)
+        with torch.autocast("cpu", torch.bfloat16):
+            (y1, y2), log_det = net.forward_and_log_det(*torch.randn(2, 64, 32))
+        (y1.square().sum() + y2.square().sum() - log_det.sum()).backward()
+        return log_det, [p.grad for p in net.parameters()], net.reconstruction_error
+
+    (truth_log_det, truth, _), (log_det, found, error) = results("store", Widened), results(activations)
+    assert log_det.dtype == torch.float32
+    assert torch.equal(log_det, truth_log_det)
+    assert relative(found, truth) <= (2e-2 if activations == "reconstruct" else 0)
+    assert error is None or error < 1e-3
 
 
 @MODES

@@ -174,6 +174,26 @@ def test_backward_hooks_of_branches_run_once_with_the_gradients_of_store(activat
     assert all(same(found[name], truth[name], exact) for name in truth)
 
 
+@EXACT
+@pytest.mark.parametrize("activations", ["store", "recompute", ["reconstruct"] * 3 + ["recompute", "reconstruct"]])
+def test_backward_hooks_of_blocks_that_are_not_reconstructed_run_once(activations, exact, x):
+    net, seen = sequence(activations, 3, exact=exact), []
+    net[3].register_full_backward_hook(lambda _, inputs, outputs: seen.append(len(inputs) + len(outputs)))
+    for _ in range(2):
+        step(net, x)
+    assert seen == [4, 4]
+
+
+@EXACT
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_reconstructed_blocks_are_refused_with_the_remedy(exact, register, x):
+    net = sequence("reconstruct", exact=exact)
+    getattr(net[3], register)(lambda *_: None)
+    remedy = r'ReversibleBlock has a backward hook.*on its branches, or give the layer "recompute" or "store"'
+    with pytest.raises(ValueError, match=remedy):
+        net(x)
+
+
 @MODES
 def test_forward_hooks_of_branches_run_again_and_can_tell(activations, exact, x):
     net, calls = sequence(activations, exact=exact), []
@@ -235,3 +255,12 @@ def test_gradients_accumulate_over_micro_batches(activations, exact, interleaved
         return [p.grad for p in net.parameters()]
 
     assert same(gradients(activations), gradients("store"), exact)
+
+
+@EXACT
+def test_backward_hooks_of_reconstructed_blocks_are_refused_after_a_step_too(exact, x):
+    net = sequence("reconstruct", exact=exact)
+    step(net, x)
+    net[3].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="ReversibleBlock has a backward hook"):
+        net(x)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from revnet import ReversibleSequence
 from revnet.profiling import MemoryTimeline, measure_memory
@@ -91,3 +92,28 @@ def test_a_layer_without_inverse_keeps_its_input_and_nothing_else(exact):
         kept = timeline.live()
     boundary, output = x.numel() * 4, y.numel() * 4
     assert 0 <= kept - boundary - output <= 4 * 1024
+
+
+class BuildsGraph(nn.Module):
+    """Turns gradients on for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh(), nn.Conv2d(8, 8, 1))
+
+    @torch.enable_grad()
+    def forward(self, x):
+        return self.inner(x)
+
+
+@EXACT
+def test_of_a_graph_that_a_recomputed_layer_builds_on_its_own_nothing_is_kept(exact):
+    x = torch.randn(4, 8, 8, 8)
+    net = ReversibleSequence(
+        [*[BuildsGraph() for _ in range(4)], Split(), *blocks(1, 4, dtype=torch.float32), Merge()], exact=exact
+    )
+    with MemoryTimeline([x, *net.parameters(), *net.buffers()]) as timeline:
+        y = net(x)
+        kept = timeline.live()
+    # The inputs of three recomputed layers (that of the first was there before) and the output.
+    assert 0 <= kept - 4 * y.numel() * 4 <= 4 * 1024

@@ -6,7 +6,7 @@ from torch import nn
 
 from revnet import AdditiveCoupling, AffineCoupling, ReversibleBlock, ReversibleSequence, set_activations
 from revnet.reversible import Coupling, Merge, Split
-from tests.reversible.networks import EVERY, EXACT, MODES, Transition, blocks, sequence, step
+from tests.reversible.networks import EVERY, EXACT, MODES, VALUES, Transition, blocks, curved, sequence, step
 
 
 @pytest.fixture
@@ -23,6 +23,38 @@ class Cast(nn.Module):
 
     def forward(self, x):
         return x.to(self.dtype)
+
+
+class Hides(nn.Module):
+    """Holds its weights where nobody sees them."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = [nn.Conv2d(channels, channels, 1, bias=False, dtype=torch.float64)]
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+HIDDEN = r"a tensor of shape \(4, 4, 1, 1\) .* none of its parameters.*Register it"
+
+
+class Gated(AdditiveCoupling):
+    """Has a parameter that belongs to no branch."""
+
+    def __init__(self, branch=None):
+        super().__init__(branch or nn.Identity())
+        self.gate = nn.Parameter(torch.ones(3))
+
+
+class Double(nn.Module):
+    """A user's own bijection, which is no addition."""
+
+    def forward(self, x1, x2):
+        return 2 * x1, 2 * x2
+
+    def inverse(self, y1, y2):
+        return y1 / 2, y2 / 2
 
 
 def block_with(branch, position):
@@ -217,6 +249,24 @@ def test_an_exact_sequence_of_a_layer_that_is_no_addition(activations):
     assert net.exact is None
 
 
+@EVERY
+def test_a_layer_appended_to_an_exact_sequence_that_is_no_addition(activations, halves):
+    net = ReversibleSequence(blocks(1, 4, dtype=torch.float32), activations, exact=True)
+    net(*halves)
+    net.append(Double())
+    with pytest.raises(ValueError, match=r"layer 1 \(Double\) cannot be undone to the bit.*exact=False"):
+        net(*halves)
+    with pytest.raises(ValueError, match=r"layer 1 \(Double\)"):
+        net.inverse(*halves)
+
+
+@EVERY
+def test_a_layer_of_an_exact_sequence_that_leaves_the_dtypes_that_its_grid_can_hold(activations, halves):
+    net = ReversibleSequence([Cast(torch.bfloat16), Split()], activations, exact=True)
+    with pytest.raises(TypeError, match=r"needs .* float32 or float64, got torch\.bfloat16: .*or set exact=False"):
+        net(halves[0])
+
+
 def test_a_value_of_exact_that_is_no_truth_value():
     with pytest.raises(ValueError, match=r"exact must be True, False or None .*got 'yes'"):
         ReversibleSequence([Split()], exact="yes")
@@ -224,13 +274,17 @@ def test_a_value_of_exact_that_is_no_truth_value():
 
 @EXACT
 def test_a_parameter_outside_the_branches_of_a_coupling(exact, halves):
-    class Gated(AdditiveCoupling):
-        def __init__(self):
-            super().__init__(nn.Identity())
-            self.gate = nn.Parameter(torch.ones(3))
-
     with pytest.raises(TypeError, match=r"'gate' of Gated belongs to no branch .*move it into a branch"):
         ReversibleSequence([Gated()], "reconstruct", exact)(*halves)
+
+
+@EXACT
+def test_a_parameter_outside_the_branches_of_a_coupling_that_is_appended_after_a_step(exact, halves):
+    net = ReversibleSequence(blocks(1, 4, dtype=torch.float32), "reconstruct", exact)
+    sum(net(*halves)).sum().backward()
+    net.append(Gated())
+    with pytest.raises(TypeError, match="'gate' of Gated belongs to no branch"):
+        net(*halves)
 
 
 @EVERY
@@ -245,16 +299,49 @@ def test_a_coupling_without_steps(activations, exact, halves):
 
 @MODES
 def test_a_tensor_that_a_branch_hides(activations, exact):
-    class Hides(nn.Module):
-        def __init__(self, channels):
-            super().__init__()
-            self.layers = [nn.Conv2d(channels, channels, 1, bias=False, dtype=torch.float64)]
-
-        def forward(self, x):
-            return self.layers[0](x)
-
-    with pytest.raises(TypeError, match=r"a tensor of shape \(4, 4, 1, 1\) .* none of its parameters.*Register it"):
+    with pytest.raises(TypeError, match=HIDDEN):
         step(sequence(activations, branch=Hides, exact=exact), torch.randn(2, 8, 4, 4, dtype=torch.float64))
+
+
+@MODES
+def test_a_tensor_hidden_in_a_layer_that_was_stored_so_far(activations, exact, halves):
+    net = ReversibleSequence([*blocks(1, 4), block_with(Hides(4), 0)], [activations, "store"], exact)
+    halves = halves.double()
+    sum(net(*halves)).sum().backward()
+    net.activations = activations
+    with pytest.raises(TypeError, match=HIDDEN):
+        sum(net(*halves)).sum().backward()
+
+
+@MODES
+def test_a_tensor_hidden_in_a_layer_that_is_appended_after_a_step(activations, exact, halves):
+    net = ReversibleSequence(blocks(1, 4), activations, exact)
+    halves = halves.double()
+    sum(net(*halves)).sum().backward()
+    net.append(block_with(Hides(4), 0))
+    with pytest.raises(TypeError, match=HIDDEN):
+        sum(net(*halves)).sum().backward()
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("layer", "used"),
+    [(lambda: block_with(Hides(4), 1), 0), (lambda: AdditiveCoupling(Hides(4)), 1)],
+    ids=["block", "additive"],
+)
+def test_a_tensor_hidden_in_a_branch_that_the_first_backward_pass_skipped(activations, exact, layer, used, halves):
+    net = ReversibleSequence([*blocks(1, 4), layer()], activations, exact)
+    halves = halves.double()
+    net(*halves)[used].sum().backward()
+    with pytest.raises(TypeError, match=HIDDEN):
+        sum(net(*halves)).sum().backward()
+
+
+@MODES
+def test_a_tensor_hidden_in_a_branch_in_which_nothing_else_requires_grad(activations, exact, halves):
+    net = ReversibleSequence([ReversibleBlock(Hides(4), nn.Conv2d(4, 4, 1).double())], activations, exact)
+    with pytest.raises(TypeError, match=HIDDEN):
+        sum(net(*halves.double())).sum().backward()
 
 
 @EVERY
@@ -266,3 +353,71 @@ def test_a_branch_that_changes_its_input_in_place(activations, exact):
     with pytest.raises(ValueError, match=r"changes its input in place.*inplace=False"):
         net(x)
     assert torch.equal(x, before)
+
+
+@MODES
+@pytest.mark.parametrize("position", [0, 3], ids=["first", "behind blocks"])
+def test_a_recomputed_layer_that_changes_its_input_in_place(activations, exact, position):
+    layers = [Split(), *blocks(1, 4), Merge()]
+    layers.insert(position, nn.Sequential(nn.LeakyReLU(0.1, inplace=True), nn.Conv2d(8, 8, 1)).double())
+    net = ReversibleSequence(layers, activations, exact)
+    with pytest.raises(ValueError, match=r"Sequential changes its input in place.*inplace=False"):
+        net(torch.randn(2, 8, 4, 4, dtype=torch.float64))
+
+
+@MODES
+def test_a_branch_that_changes_the_context_in_place(activations, exact, halves):
+    class Counts(nn.Module):
+        def forward(self, x, context):
+            return x * context["count"].add_(1)
+
+    net = ReversibleSequence([ReversibleBlock(Counts(), Counts())], activations, exact)
+    with pytest.raises(ValueError, match=r"a branch changes the context in place.*let it make a new tensor"):
+        net(*halves.requires_grad_(), context={"count": torch.zeros(())})
+
+
+@pytest.mark.parametrize("activations", VALUES[1:])
+def test_a_tensor_hidden_in_a_shift_that_the_first_loss_did_not_use(activations, halves):
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = curved(4).double(), Hides(4)
+
+        def forward(self, x):
+            return self.scale(x), self.shift(x)
+
+    net = ReversibleSequence([AffineCoupling(Shift())], activations)
+    net.forward_and_log_det(*halves.double())[1].sum().backward()
+    with pytest.raises(TypeError, match=HIDDEN):
+        sum(net(*halves.double())).sum().backward()
+
+
+@MODES
+def test_a_tensor_hidden_in_a_module_that_replaces_another_within_a_branch(activations, exact):
+    net = sequence(activations, branch=curved, exact=exact)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    step(net, x)
+    net[2].f[0] = Hides(4)
+    with pytest.raises(TypeError, match=HIDDEN):
+        net(x).sum().backward()
+
+
+@EXACT
+def test_a_parameter_outside_the_branches_of_a_coupling_that_shares_its_branch(exact, halves):
+    net = ReversibleSequence(blocks(1, 4), "reconstruct", exact)
+    sum(net(*halves.double())).sum().backward()
+    net.append(Gated(net[0].f).double())
+    with pytest.raises(TypeError, match="'gate' of Gated belongs to no branch"):
+        net(*halves.double())
+
+
+@pytest.mark.parametrize("activations", VALUES[1:])
+def test_parameters_without_a_shape_yet_are_refused_with_the_remedy(activations):
+    net = ReversibleSequence([ReversibleBlock(nn.LazyLinear(4), nn.LazyLinear(4))], activations)
+    x1, x2 = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match=r"0\.f .*LazyLinear.* without a shape yet; run one forward pass under"):
+        net(x1, x2)
+    with torch.no_grad():
+        net(x1, x2)
+    sum(net(x1, x2)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

@@ -3,9 +3,24 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from revnet import is_recomputing
-from tests.reversible.networks import BRANCHES, DEVICES, EVERY, EXACT, MODES, basic, same, sequence, step
+from revnet import ReversibleSequence, is_recomputing
+from revnet.reversible import Merge, Split
+from tests.reversible.networks import (
+    BRANCHES,
+    DEVICES,
+    EVERY,
+    EXACT,
+    MODES,
+    basic,
+    blocks,
+    curved,
+    same,
+    sequence,
+    step,
+    tokens,
+)
 
 RANDOM = pytest.mark.parametrize("branch", [BRANCHES["dropout"], BRANCHES["droppath"]], ids=["dropout", "droppath"])
 
@@ -78,6 +93,106 @@ def test_buffers_that_an_evaluation_reads_and_changes(activations, exact, x):
     _, found = step(net, x)
     assert same(found, truth, exact)
     assert all(map(torch.equal, stored.buffers(), net.buffers()))
+
+
+@MODES
+def test_buffers_that_an_evaluation_reads_and_changes_in_interleaved_micro_batches(activations, exact):
+    batches = torch.randn(3, 4, 8, 5, 5, dtype=torch.float64)
+    stored, net = (sequence(value, branch=PowerIteration, exact=exact) for value in ("store", activations))
+    for x in batches:  # one after the other: autograd itself has no second use for a buffer that has changed
+        stored(x).square().sum().backward()
+    for loss in [net(x).square().sum() for x in batches]:
+        loss.backward()
+    assert same([p.grad for p in net.parameters()], [p.grad for p in stored.parameters()], exact)
+    assert all(map(torch.equal, stored.buffers(), net.buffers()))
+
+
+class Masked(nn.Module):
+    """Reads a buffer that it leaves alone."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.inner = curved(channels)
+        self.register_buffer("mask", torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return self.inner(x) * self.mask
+
+
+@MODES
+def test_a_buffer_that_is_changed_in_place_between_the_passes_is_named(activations, exact, x):
+    net = sequence(activations, branch=Masked, exact=exact)
+    step(net, x)
+    net[2].g.mask.mul_(3)  # between two steps it may be
+    step(net, x)
+    y = net(x)
+    net[2].g.mask.mul_(3)
+    named = r"buffer 'mask' of Masked in a reversible sequence was changed in place between .*activations=\"store\""
+    with pytest.raises(RuntimeError, match=named):
+        y.sum().backward()
+
+
+@MODES
+def test_a_buffer_that_is_replaced_between_the_passes_is_read_as_it_was(activations, exact, x):
+    def gradients(value):
+        net = sequence(value, branch=Masked, exact=exact)
+        y = net(x)
+        net[2].g.mask = 3 * net[2].g.mask
+        y.square().sum().backward()
+        assert (net[2].g.mask == 3).all()
+        return [p.grad for p in net.parameters()]
+
+    assert same(gradients(activations), gradients("store"), exact)
+
+
+@MODES
+def test_functional_call_reads_the_buffers_that_it_is_given(activations, exact, x):
+    def gradients(value):
+        net = sequence(value, branch=Masked, exact=exact)
+        buffers = {name: b + 1 for name, b in net.named_buffers()}
+        functional_call(net, buffers, (x,)).square().sum().backward()
+        return [p.grad for p in net.parameters()]
+
+    assert same(gradients(activations), gradients("store"), exact)
+
+
+class Positions(nn.Module):
+    """Shortens the vectors of its embedding, which it adds to its input, where they are too long."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.inner = tokens(channels)
+        self.embedding = nn.Embedding(6, channels, max_norm=0.5)
+
+    def forward(self, x):
+        return self.inner(x) + self.embedding(torch.arange(x.shape[1]))
+
+
+@MODES
+def test_a_branch_that_writes_to_a_parameter_in_the_forward_pass(activations, exact):
+    x = torch.randn(4, 6, 8, dtype=torch.float64)
+    stored, net = (sequence(value, branch=Positions, dim=-1, exact=exact) for value in ("store", activations))
+    before = stored[2].f.embedding.weight.clone()
+    for _ in range(2):
+        _, truth = step(stored, x)
+        _, found = step(net, x)
+        assert same(found, truth, exact)
+    assert all(map(torch.equal, net.parameters(), stored.parameters()))
+    assert not torch.equal(net[2].f.embedding.weight, before)
+
+
+@MODES
+def test_a_recomputed_layer_that_writes_to_a_parameter_in_the_forward_pass(activations, exact):
+    words = torch.randint(10, (4, 6))
+
+    def gradients(value):
+        torch.manual_seed(3)
+        embedding = nn.Embedding(10, 8, max_norm=0.5, dtype=torch.float64)
+        net = ReversibleSequence([embedding, Split(-1), *blocks(2, 4, tokens), Merge(-1)], value, exact)
+        net(words).square().sum().backward()
+        return [p.grad for p in net.parameters()]
+
+    assert same(gradients(activations), gradients("store"), exact)
 
 
 @MODES

@@ -12,7 +12,7 @@ from torch import nn
 from revnet import ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, ReconstructionError, ReconstructionWarning, Split, Watch
 from revnet.reversible.drift import Sample
-from tests.reversible.networks import EXACT, VALUES, sequence, step
+from tests.reversible.networks import EXACT, VALUES, blocks, curved, sequence, step
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_thresholds_are_settable():
 
 @pytest.mark.parametrize("scale", [3e5, 1e8])
 def test_a_sequence_that_drifts_warns_and_one_that_explodes_raises_before_any_gradient_is_written(scale):
-    net = sequence("reconstruct", dtype=torch.float32)
+    net = sequence("reconstruct", dtype=torch.float32, exact=False)
     with torch.no_grad():
         net[2].f[5].weight.mul_(scale)
     explodes = scale == 1e8
@@ -68,8 +68,10 @@ def test_an_exact_sequence_that_leaves_its_range_warns_of_any_difference():
     x = torch.randn(4, 8, 6, 6)
     step(net, x)
     assert net.reconstruction_error == 0
-    with pytest.warns(ReconstructionWarning, match=r"beyond the threshold of 0\.0"):
+    remedy = r"beyond the threshold of 0\.0.*range of the fixed-point grid .*256 in fp32.*exact=False reconstructs"
+    with pytest.warns(ReconstructionWarning, match=remedy) as caught:
         step(net, x * 1e3)
+    assert not any("exact=True" in str(warning.message) for warning in caught)
     assert 0 < net.reconstruction_error < 1e-3
 
 
@@ -139,6 +141,18 @@ def test_drift_of_a_single_example_is_seen(exact):
         step(net, torch.randn(64, 8, 9, 7))
 
 
+@EXACT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_error_of_a_half_of_zeros_is_relative_to_the_other(exact, dtype, half):
+    halves = torch.randn(2, 4, 4, 6, 6, dtype=dtype)
+    halves[half].zero_()
+    net = ReversibleSequence(blocks(4, 4, curved, dtype), exact=exact)
+    y1, y2 = net(*halves)
+    (y1 * y2).sum().backward()
+    assert net.reconstruction_error == 0 if exact else 0 < net.reconstruction_error < 1e-5
+
+
 @pytest.mark.parametrize("shape", [(128, 64, 32, 32), (64, 32, 14, 14), (32, 197, 384), (8, 16, 16, 32, 32)])
 def test_a_sample_is_no_more_than_a_hundredth_of_the_state_and_covers_every_example_and_channel(shape):
     state = (torch.randn(shape), torch.randn(shape))
@@ -159,7 +173,7 @@ def test_copies_keep_the_thresholds(clone):
 
 @pytest.mark.gpu
 def test_errors_on_a_device_are_judged_without_waiting_for_it():
-    net = sequence("reconstruct", dtype=torch.float32).cuda()
+    net = sequence("reconstruct", dtype=torch.float32, exact=False).cuda()
     with torch.no_grad():
         net[2].f[5].weight.mul_(1e8)
     x = torch.randn(2, 8, 4, 4, device="cuda")
@@ -167,3 +181,11 @@ def test_errors_on_a_device_are_judged_without_waiting_for_it():
     torch.cuda.synchronize()
     with pytest.raises(ReconstructionError):
         net(x.requires_grad_())
+
+
+@EXACT
+def test_a_state_of_zeros_is_no_drift(exact):
+    net = ReversibleSequence(blocks(4, 4, curved, torch.float32), exact=exact)
+    y1, y2 = net(*torch.zeros(2, 3, 4, 6, 6))
+    (y1 + y2).sum().backward()
+    assert net.reconstruction_error < 1e-3
