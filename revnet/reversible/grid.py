@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,37 +33,59 @@ def check_dtype(x: Tensor) -> None:
 
 
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through.
-
-    The step is a power of two, so the product with it is exact and rounding is all that happens, at any size of |h|.
-    """
+    """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through."""
     h = h.to(dtype)
-    steps = 2.0 ** GRID[dtype]
-    rounded = (h.detach() * steps).round_().mul_(1 / steps)
-    if _derivatives_wanted():
-        return h + (rounded - h.detach())  # both are exact: the difference has no more digits than h
-    return rounded
-
-
-def _derivatives_wanted() -> bool:
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    # Both are exact: the difference has no more digits than h.
+    return h + (_rounded(h.detach(), dtype) - h.detach())
 
 
 def add_on_grid(x: Tensor, h: Tensor) -> Tensor:
-    """x + h, with h rounded to the grid."""
-    return _over(torch.add, x, to_grid(h, x.dtype))
+    """x + h, with h rounded to the grid; its gradient passes straight through."""
+    return _on_grid(torch.add, x, h)
 
 
 def subtract_on_grid(y: Tensor, h: Tensor) -> Tensor:
     """y - h, with h rounded to the grid: undoes `add_on_grid` to the bit where y is within the range."""
-    return _over(torch.sub, y, to_grid(h, y.dtype))
+    return _on_grid(torch.sub, y, h)
 
 
-def _over(operation: Callable[..., Tensor], x: Tensor, rounded: Tensor) -> Tensor:
-    """operation(x, rounded), written over `rounded` where that can be: one tensor less at the peak."""
-    if _derivatives_wanted() or x.stride() != rounded.stride():
-        return operation(x, rounded)
-    return operation(x, rounded, out=rounded)
+def _on_grid(operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return operation(x, to_grid(h, x.dtype))  # these have to see operators that they can differentiate
+    if torch.is_grad_enabled():
+        return _OnGrid.apply(operation, x, h)
+    return _combined(operation, x, h)
+
+
+class _OnGrid(torch.autograd.Function):
+    """What `to_grid` and the operation do, in two passes over memory less."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
+        ctx.operation, ctx.dtype = operation, h.dtype
+        return _combined(operation, x, h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        of_branch = grad.to(ctx.dtype)
+        return None, grad, of_branch if ctx.operation is torch.add else -of_branch
+
+
+def _combined(operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
+    rounded = _rounded(h, x.dtype)
+    # Written over the rounded branch where the layout is that of x in any case: one tensor less at the peak.
+    return operation(x, rounded, out=rounded if rounded.stride() == x.stride() else None)
+
+
+def _rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The step is a power of two, so the product with it is exact, and rounding is all that happens at any |h|."""
+    steps = 2.0 ** GRID[dtype]
+    return (h.to(dtype) * steps).round_().mul_(1 / steps)
 
 
 def checksum(state: tuple[Tensor, ...]) -> Tensor:

@@ -177,7 +177,7 @@ def test_an_error_that_is_not_finite_is_beyond_every_threshold(fit: Fit, gain: f
     assert course.changes() == [BOTH, NEITHER, BOTH, BOTH]
 
 
-@pytest.mark.parametrize("scales", [(1.0, 1e-2), (1e-2, 1.0)])  # of small inputs the relative error is larger
+@pytest.mark.parametrize("scales", [(1.0, 1e-4), (1e-4, 1.0)])  # of small inputs the relative error is larger
 def test_a_sequence_that_runs_twice_in_a_step_is_judged_by_the_worse_run(fit: Fit, scales: tuple[float, ...]) -> None:
     class Twice(Network):
         def forward(self, images: Tensor) -> Tensor:
