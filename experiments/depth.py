@@ -114,7 +114,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     left.plot(layers, [row["peak_bytes"] / 1e6 for row in rows], "o-", color="C0", label="reconstruct")
     for row, key in [*((r, "store_peak_bytes") for r in stored), *((r, "peak_bytes") for r in rows)]:
         place = (row["layers"], row[key] / 1e6)
-        left.annotate(f"{place[1]:.3g}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        left.annotate(f"{place[1]:,.0f}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
     left.set(yscale="log", ylabel="peak of activations and temporaries, MB", xlabel="convolution layers")
     left.margins(y=0.15)
     left.legend()
@@ -126,7 +126,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     right.plot(layers, [row["seconds"] for row in rows], "o", color="C0", label="reconstruct")
     for row in rows:
         place = (row["layers"], row["seconds"])
-        right.annotate(f"{place[1]:.3g}", place, (-7, 4), textcoords="offset points", ha="right", fontsize=8)
+        right.annotate(f"{place[1]:.1f}", place, (-7, 4), textcoords="offset points", ha="right", fontsize=8)
     right.margins(0.1)
     right.set(ylabel="time of a step, s", xlabel="convolution layers", xlim=(0, None), ylim=(0, None))
     right.legend(loc="lower right")

@@ -12,7 +12,7 @@ from revnet.reversible.coupling import Coupling
 from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Autocast, Evaluation, observe, recording
 from revnet.reversible.halves import Merge, Split
-from revnet.reversible.layer import State, apply_layer
+from revnet.reversible.layer import State, apply_layer, on_grid
 from revnet.reversible.replay import Replay
 from revnet.reversible.run import ContextStructure, Run
 
@@ -74,6 +74,8 @@ class _ReversibleFunction(torch.autograd.Function):
         state, log_det, context_tensors = job.unpack(tensors)
         # To module hooks (those of torch's own counters) a tensor that requires grad must have a gradient function.
         state = tuple(x.detach() for x in state)
+        if job.run.enters_grid:  # here, and not before, so that the rounded copy goes as soon as it has been split
+            state = on_grid(state)
         context_tensors = [c.detach().requires_grad_(c.requires_grad) for c in context_tensors]
         context_versions = [c._version for c in context_tensors]
         context = job.context.rebuild(context_tensors)

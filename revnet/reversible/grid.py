@@ -34,6 +34,8 @@ def check_dtype(x: Tensor) -> None:
 
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
     """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through."""
+    if not (torch.is_grad_enabled() or _transformed()):
+        return _rounded(h, dtype)
     h = h.to(dtype)
     # Both are exact: the difference has no more digits than h.
     return h + (_rounded(h.detach(), dtype) - h.detach())
@@ -50,16 +52,21 @@ def subtract_on_grid(y: Tensor, h: Tensor) -> Tensor:
 
 
 def _on_grid(operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
-    if (
+    if _transformed():
+        return operation(x, to_grid(h, x.dtype))
+    if torch.is_grad_enabled():
+        return _OnGrid.apply(operation, x, h)
+    return _combined(operation, x, h)
+
+
+def _transformed() -> bool:
+    """Whether something is at work that has to see operators, which it can differentiate or trace."""
+    return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
-    ):
-        return operation(x, to_grid(h, x.dtype))  # these have to see operators that they can differentiate
-    if torch.is_grad_enabled():
-        return _OnGrid.apply(operation, x, h)
-    return _combined(operation, x, h)
+    )
 
 
 class _OnGrid(torch.autograd.Function):

@@ -27,6 +27,7 @@ class Run:
         first: number of the first of them in its sequence.
         reconstruct: for each layer, whether its input is reconstructed from its output (True) or kept (False).
         exact: whether the stream is on the fixed-point grid.
+        enters_grid: whether its input has yet to be put there.
         tolerance: relative difference from which a branch's two evaluations are called different; None: not compared.
         report: receives the reconstruction error of every backward pass over the run.
         inspected: what was found right before: layers with all their parameters in branches, and the modules (`modes`)
@@ -37,6 +38,7 @@ class Run:
     first: int
     reconstruct: tuple[bool, ...]
     exact: bool
+    enters_grid: bool
     tolerance: float | None
     report: Callable[[Tensor], None]
     inspected: set[Any]

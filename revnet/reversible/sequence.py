@@ -200,18 +200,19 @@ class ReversibleSequence(nn.ModuleList):
             state = as_stream(state)
             _check_halves(state)
             exact = self._settle_exact(state)
-            if exact and len(self) and is_invertible(self[0]):
-                state = on_grid(state)
             first = 0
             for layers, values in self._runs(state, context):
+                enters_grid = exact and first == 0 and is_invertible(layers[0])
                 if values[0] == "store":
+                    if enters_grid:
+                        state = on_grid(state)
                     for layer in layers:
                         state, log_det = apply_layer(layer, state, context, log_det, exact)
                 else:
                     reconstruct = tuple(value == "reconstruct" for value in values)
                     tolerance = self.watch.tolerance(autocast, exact) if self.check_determinism else None
                     report = partial(self._report, first, autocast, exact)
-                    run = Run(layers, first, reconstruct, exact, tolerance, report, self._inspected)
+                    run = Run(layers, first, reconstruct, exact, enters_grid, tolerance, report, self._inspected)
                     state, log_det = apply_run(run, state, context, log_det)
                 first += len(layers)
             return state, log_det
