@@ -92,7 +92,8 @@ def _combined(operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
 def _rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
     """The step is a power of two, so the product with it is exact, and rounding is all that happens at any |h|."""
     steps = 2.0 ** GRID[dtype]
-    return (h.to(dtype) * steps).round_().mul_(1 / steps)
+    scaled = h * steps if h.dtype == dtype else h.to(dtype).mul_(steps)
+    return scaled.round_().mul_(1 / steps)
 
 
 def checksum(state: tuple[Tensor, ...]) -> Tensor:
