@@ -44,7 +44,7 @@ def apply_run(run: Run, state: State, context: Any, log_det: Tensor | None) -> t
     inputs = [*state, *([] if log_det is None else [log_det])]
     parameters = run.parameters()
     trainable = [p for p in parameters if p.requires_grad]
-    job = _Job(run, len(state), log_det is not None, structure, trainable)
+    job = _Job(run, len(state), log_det is not None, structure, parameters, trainable)
     outputs = _ReversibleFunction.apply(job, *inputs, *structure.tensors(context), *trainable)
     return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
@@ -58,7 +58,7 @@ class _Job:
     has_log_det: bool
     context: ContextStructure
     parameters: list[nn.Parameter]
-    """The trainable ones."""
+    trainable: list[nn.Parameter]
 
     def unpack(self, tensors: tuple[Tensor, ...]) -> tuple[State, Tensor | None, list[Tensor]]:
         state, rest = tensors[: self.states], list(tensors[self.states :])
@@ -112,7 +112,7 @@ class _ReversibleFunction(torch.autograd.Function):
             )
         ctx.job, ctx.traces = job, traces
         # After the pass, because it may write to parameters (an embedding with max_norm does).
-        ctx.versions = [(p, p._version) for p in job.run.parameters()]
+        ctx.versions = [(p, p._version) for p in job.parameters]
         # The traces hold the parameters: saving them here too would let saved-tensor hooks move them about.
         ctx.save_for_backward(*saved, *job.unpack(tensors)[2])
         return state if log_det is None else (*state, log_det)
@@ -162,7 +162,7 @@ class _ReversibleFunction(torch.autograd.Function):
             job.run.report(torch.stack(errors).amax())
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
-        flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.parameters)]
+        flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.trainable)]
         return (None, *flat)
 
 
