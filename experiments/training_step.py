@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revnet import ReversibleBlock, ReversibleSequence, compile_branches, set_activations
+from revnet import AdditiveCoupling, ReversibleBlock, ReversibleSequence, compile_branches, set_activations
 from revnet.models import RevNet, get_model
 from revnet.models.units import TransitionUnit
 from revnet.profiling import measure_memory
@@ -45,14 +45,16 @@ import matplotlib.pyplot as plt
 FORWARD = "forward without gradients"
 
 
-def unit(layer: nn.Module, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """One unit as a person would write it."""
-    if isinstance(layer, ReversibleBlock):
-        return plain_block(layer, *state)
-    assert isinstance(layer, TransitionUnit)
+def unit(layers: list[nn.Module], state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """One unit as a person would write it: a block, or the transition and the coupling that is its other half."""
+    if isinstance(layers[0], ReversibleBlock):
+        return plain_block(layers[0], *state)
+    transition, coupling = layers
+    assert isinstance(transition, TransitionUnit)
+    assert isinstance(coupling, AdditiveCoupling)
     x1, x2 = split_halves(state[0])
-    y1 = layer.shortcut1(x1) + layer.f(x2)
-    return y1.float(), (layer.shortcut2(x2) + layer.g(y1)).float()
+    y1 = transition.shortcut1(x1) + transition.f(x2)
+    return y1.float(), (transition.shortcut2(x2) + coupling.branch(y1)).float()
 
 
 class PlainLoop(nn.Module):
@@ -74,9 +76,13 @@ class PlainLoop(nn.Module):
         net = self.network
         x = self.run(lambda x: net.maxpool(net.relu(net.bn1(net.conv1(x)))).float(), x)
         for name in net.stage_names:
-            state: tuple[Tensor, ...] = (x,)
-            for layer in list(net.get_submodule(name).children())[:-1]:  # all but the Merge
-                state = layer(x) if isinstance(layer, Split) else self.run(unit, layer, state)
+            first, second, *blocks = list(net.get_submodule(name).children())[:-1]  # all but the Merge
+            if isinstance(first, Split):
+                state, blocks = first(x), [second, *blocks]
+            else:
+                state = self.run(unit, [first, second], (x,))
+            for block in blocks:
+                state = self.run(unit, [block], state)
             x = torch.cat(state, 1)
         x = self.run(lambda x: net.avgpool(net.relu(net.norm(x))), x)
         return net.fc(x.flatten(1))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.functional import relu
 
-__all__ = ["BasicBranch", "BottleneckBranch", "conv1x1", "conv3x3", "norm"]
+__all__ = ["BasicBranch", "BottleneckBranch", "conv1x1", "conv3x3", "norm", "subsample"]
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -17,9 +18,14 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     """1x1 convolution without bias."""
-    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+
+def subsample(x: Tensor, stride: int) -> Tensor:
+    """Every `stride`-th pixel, a view: all that a 1x1 convolution of that stride reads of `x`."""
+    return x[..., ::stride, ::stride]
 
 
 class BasicBranch(nn.Module):
@@ -59,7 +65,7 @@ class BottleneckBranch(nn.Module):
 
     Args:
         in_channels, out_channels: channels before and after.
-        stride: of the first convolution.
+        stride: of the first convolution, taken as `subsample` in front of it.
         preactivate: False leaves out the leading BN-ReLU, as in the very first unit of a network.
     """
 
@@ -69,7 +75,8 @@ class BottleneckBranch(nn.Module):
         super().__init__()
         width = out_channels // self.expansion
         self.bn1 = norm(in_channels) if preactivate else None
-        self.conv1 = conv1x1(in_channels, width, stride)
+        self.stride = stride
+        self.conv1 = conv1x1(in_channels, width)
         self.bn2 = norm(width)
         self.conv2 = conv3x3(width, width)
         self.bn3 = norm(width)
@@ -78,7 +85,11 @@ class BottleneckBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
-            x = self.relu(self.bn1(x))
+            # The pixels that the convolution passes over are dropped ahead of the ReLU, which then keeps so much less.
+            x = self.bn1(x)
+            x = self.relu(x) if self.stride == 1 else relu(subsample(x, self.stride))
+        else:
+            x = subsample(x, self.stride)
         x = self.conv1(x)
         x = self.conv2(self.relu(self.bn2(x)))
         return self.conv3(self.relu(self.bn3(x)))

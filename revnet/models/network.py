@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from revnet.models.branches import norm
 from revnet.models.units import Branch, ResidualUnit, TransitionUnit
-from revnet.reversible import Activations, Merge, ReversibleBlock, ReversibleSequence, Split, Switched, set_activations
+from revnet.reversible import (
+    Activations,
+    AdditiveCoupling,
+    Merge,
+    ReversibleBlock,
+    ReversibleSequence,
+    Split,
+    Switched,
+    set_activations,
+)
 
 __all__ = ["PreActResNet", "RevNet"]
 
@@ -115,7 +124,8 @@ class PreActResNet(Switched):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.conv1.in_channels, self.total_stride)
-        x = self._apart(x, self.conv1, self.bn1, self.relu, self.maxpool)
+        # The maximum and the ReLU commute, and a ReLU behind the pooling keeps a quarter.
+        x = self._apart(x, self.conv1, self.bn1, self.maxpool, self.relu)
         for name in self.stage_names:
             x = getattr(self, name)(x)
         x = self._apart(x, self.norm, self.relu, self.avgpool)
@@ -145,6 +155,9 @@ class RevNet(PreActResNet):
                 ReversibleBlock(branch(half, half, preactivate=not first), branch(half, half)),
             ]
         else:
-            start = [TransitionUnit(branch, in_channels, out_channels, stride, preactivate=not first)]
+            start = [
+                TransitionUnit(branch, in_channels, out_channels, stride, preactivate=not first),
+                AdditiveCoupling(branch(half, half), swap=True),
+            ]
         blocks = [ReversibleBlock(branch(half, half), branch(half, half)) for _ in range(count - 1)]
         return [*start, *blocks, Merge()]

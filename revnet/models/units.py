@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet.models.branches import BasicBranch, BottleneckBranch, conv1x1
-from revnet.reversible import split_halves
+from revnet.models.branches import BasicBranch, BottleneckBranch, subsample
 
-__all__ = ["Branch", "PoolPadShortcut", "ResidualUnit", "TransitionUnit", "shortcut"]
+__all__ = ["Branch", "PointwiseShortcut", "PoolPadShortcut", "ResidualUnit", "TransitionUnit", "shortcut"]
 
 Branch = type[BasicBranch] | type[BottleneckBranch]
 
@@ -31,12 +30,23 @@ class PoolPadShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, *self.padding))
 
 
+class PointwiseShortcut(nn.Conv2d):
+    """A 1x1 convolution of some stride without bias that keeps for the backward pass only the pixels it reads."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=False)
+        self.subsampling = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.subsampling == 1 else subsample(x, self.subsampling).clone())
+
+
 def shortcut(branch: Branch, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Identity where nothing changes; else pooling and padding (basic) or a strided 1x1 convolution (bottleneck)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     if branch is BottleneckBranch:
-        return conv1x1(in_channels, out_channels, stride)
+        return PointwiseShortcut(in_channels, out_channels, stride)
     return PoolPadShortcut(in_channels, out_channels, stride)
 
 
@@ -58,10 +68,12 @@ class ResidualUnit(nn.Module):
 
 
 class TransitionUnit(nn.Module):
-    """x -> (y1, y2) with y1 = shortcut1(x1) + F(x2), y2 = shortcut2(x2) + G(y1): the first unit of a RevNet's stage.
+    """x -> (y1, z) with y1 = shortcut1(x1) + F(x2), z = shortcut2(x2): half of the first unit of a RevNet's stage.
 
-    It changes width or resolution and cannot be inverted. It takes the undivided tensor, so that what is kept for its
-    second evaluation is the output of the stage before, which that stage keeps too, and not a copy of its halves.
+    It changes width or resolution and cannot be inverted. The other half of the unit, y2 = z + G(y1), can: it is the
+    `AdditiveCoupling` behind this layer, so that the activations of F and G are never alive at once. It takes the
+    undivided tensor, so that what is kept for its second evaluation is the output of the stage before, which that stage
+    keeps too, and not a copy of its halves.
 
     Source: Gomez et al. 2017 and its published code: the stride is in F and both shortcuts, G has stride 1.
 
@@ -69,7 +81,7 @@ class TransitionUnit(nn.Module):
         branch: `BasicBranch` or `BottleneckBranch`.
         in_channels, out_channels: channels of both halves together, even.
         stride: spatial stride.
-        preactivate: False leaves out the leading BN-ReLU of F in the first unit of a network; G keeps it.
+        preactivate: False leaves out the leading BN-ReLU of F in the first unit of a network.
     """
 
     def __init__(
@@ -78,11 +90,11 @@ class TransitionUnit(nn.Module):
         super().__init__()
         before, after = in_channels // 2, out_channels // 2
         self.f = branch(before, after, stride, preactivate)
-        self.g = branch(after, after)
         self.shortcut1 = shortcut(branch, before, after, stride)
         self.shortcut2 = shortcut(branch, before, after, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x1, x2 = split_halves(x)
-        y1 = self.shortcut1(x1) + self.f(x2)
-        return y1, self.shortcut2(x2) + self.g(y1)
+        x1, x2 = x.chunk(2, dim=1)
+        y1 = self.shortcut1(x1)  # a view will do: no more than pooled or subsampled values of it are kept
+        x2 = x2.clone()  # dense, for the normalisation
+        return y1 + self.f(x2), self.shortcut2(x2)

@@ -14,11 +14,11 @@ __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleBlock", 
 
 
 class Rule(Protocol):
-    """How the output `h` of a branch moves the half `x`, and how it is moved back."""
+    """How the output `h` of a branch moves the half `x`, and how it is moved back (into `out`, which may be y)."""
 
     def move(self, x: Tensor, h: Any) -> tuple[Tensor, Tensor | None]: ...
 
-    def undo(self, y: Tensor, h: Any) -> Tensor: ...
+    def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor: ...
 
 
 class Addition:
@@ -28,8 +28,8 @@ class Addition:
         _check_branch_output(h, x)
         return x + h, None
 
-    def undo(self, y: Tensor, h: Any) -> Tensor:
-        return y - h
+    def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
+        return torch.sub(y, h, out=out)
 
 
 class _ExactAddition(Addition):
@@ -39,8 +39,8 @@ class _ExactAddition(Addition):
         _check_branch_output(h, x)
         return add_on_grid(x, h), None
 
-    def undo(self, y: Tensor, h: Any) -> Tensor:
-        return subtract_on_grid(y, h)
+    def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
+        return subtract_on_grid(y, h, out)
 
 
 class _Affine:
@@ -50,9 +50,9 @@ class _Affine:
         log_scale, shift = _log_scale_and_shift(h, x)
         return x * log_scale.exp() + shift, log_scale.flatten(1).sum(1)
 
-    def undo(self, y: Tensor, h: Any) -> Tensor:
+    def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
         log_scale, shift = _log_scale_and_shift(h, y)
-        return (y - shift) * torch.exp(-log_scale)
+        return torch.mul(torch.sub(y, shift, out=out), torch.exp(-log_scale), out=out)
 
 
 ADDITION = Addition()

@@ -242,7 +242,8 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
         _local.tape = tape
     if [_version(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
-    drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    with torch._C._DisableTorchDispatch():  # the states are real even where fake tensors are computed with
+        drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     changed = tuple(
         (owner, name, copy)
         for owner, name, value, copy, version in buffers

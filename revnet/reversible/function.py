@@ -147,7 +147,7 @@ class _ReversibleFunction(torch.autograd.Function):
             if trace.kept:
                 state = saved[-trace.kept :]
                 del saved[-trace.kept :]
-                replay.differentiate(layer, trace.evaluations[0], state, grads, wanted)
+                replay.recompute_layer(layer, trace.evaluations[0], state, grads, wanted)
             elif isinstance(layer, Coupling):
                 steps = list(zip(layer.moves(), trace.evaluations, strict=True))
                 while steps:

@@ -9,12 +9,24 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["GRID", "add_on_grid", "checksum", "check_dtype", "range_of", "subtract_on_grid", "to_grid"]
+__all__ = [
+    "GRID",
+    "add_on_grid",
+    "checksum",
+    "check_dtype",
+    "is_transformed",
+    "range_of",
+    "subtract_on_grid",
+    "to_grid",
+]
 
 # Exponent of the grid's step, 2 ** -GRID. A float of p bits holds the multiples of it below 2 ** (p - GRID) exactly.
 GRID = {torch.float32: 16, torch.float64: 32}
 _BITS = {torch.float32: 24, torch.float64: 53}
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+# Where memory matters so many elements are rounded at a time, but never in more than so many pieces.
+PIECE, PIECES = 2**20, 16
 
 
 def range_of(dtype: torch.dtype) -> float:
@@ -34,7 +46,7 @@ def check_dtype(x: Tensor) -> None:
 
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
     """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through."""
-    if not (torch.is_grad_enabled() or _transformed()):
+    if not (torch.is_grad_enabled() or is_transformed()):
         return _rounded(h, dtype)
     h = h.to(dtype)
     # Both are exact: the difference has no more digits than h.
@@ -46,20 +58,28 @@ def add_on_grid(x: Tensor, h: Tensor) -> Tensor:
     return _on_grid(torch.add, x, h)
 
 
-def subtract_on_grid(y: Tensor, h: Tensor) -> Tensor:
-    """y - h, with h rounded to the grid: undoes `add_on_grid` to the bit where y is within the range."""
-    return _on_grid(torch.sub, y, h)
+def subtract_on_grid(y: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
+    """y - h, with h rounded to the grid: undoes `add_on_grid` to the bit where y is within the range.
+
+    `out` may be y itself; nothing of the size of y is then allocated.
+    """
+    if out is None:
+        return _on_grid(torch.sub, y, h)
+    pieces = min(PIECES, 1 + y.numel() // PIECE)
+    for some_y, some_h, some_out in zip(*(t.view(t.shape or (1,)).chunk(pieces) for t in (y, h, out)), strict=True):
+        torch.sub(some_y, _rounded(some_h, y.dtype), out=some_out)
+    return out
 
 
 def _on_grid(operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
-    if _transformed():
+    if is_transformed():
         return operation(x, to_grid(h, x.dtype))
     if torch.is_grad_enabled():
         return _OnGrid.apply(operation, x, h)
     return _combined(operation, x, h)
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether something is at work that has to see operators, which it can differentiate or trace."""
     return (
         torch.compiler.is_compiling()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from revnet.reversible.grid import is_transformed
 
 __all__ = ["Merge", "Split", "split_halves"]
 
@@ -32,6 +36,29 @@ def split_halves(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
     memory_format = _dense_format(x)
     first, second = x.chunk(2, dim)
     return first.contiguous(memory_format=memory_format), second.contiguous(memory_format=memory_format)
+
+
+class _Concatenation(torch.autograd.Function):
+    """torch.cat of two halves whose gradients are dense, each in its own memory.
+
+    Those of torch.cat are views that keep each other alive, and of a channels_last tensor not channels_last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x1: Tensor, x2: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        return torch.cat((x1, x2), dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *split_halves(grad, ctx.dim), None
+
+
+def merge_halves(x1: Tensor, x2: Tensor, dim: int = 1) -> Tensor:
+    """The concatenation of two halves along `dim`: undoes `split_halves`, and so do its gradients."""
+    if torch.is_grad_enabled() and x1.shape == x2.shape and not is_transformed():
+        return _Concatenation.apply(x1, x2, dim)
+    return torch.cat((x1, x2), dim)
 
 
 class Split(nn.Module):
@@ -81,7 +108,7 @@ class Merge(nn.Module):
         self.dim = dim
 
     def forward(self, x1: Tensor, x2: Tensor, context: object = None) -> Tensor:
-        return torch.cat((x1, x2), self.dim)
+        return merge_halves(x1, x2, self.dim)
 
     def inverse(self, x: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
         """The two halves of x."""

@@ -10,6 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from revnet.reversible.coupling import Addition, Step
 from revnet.reversible.evaluation import Autocast, Evaluation, call, is_differentiable
+from revnet.reversible.halves import Merge, Split
 from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
@@ -33,6 +34,8 @@ class Replay:
         self.context_aliases = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.context = structure.rebuild(self.context_aliases)
         self.sums: dict[int, Tensor] = {}
+        self.made = [False, False]
+        """Which tensors of the state this pass has made itself: it may overwrite them if nothing else holds them."""
 
     def reverse_step(
         self,
@@ -55,7 +58,10 @@ class Replay:
                 h = call(step.branch, x, self.context)
             self._compare(step.branch, evaluation, as_state(h, step.branch))
             with torch.no_grad():
-                state[moved] = step.rule.undo(state[moved], h)
+                out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
+                state[moved] = step.rule.undo(state[moved], h, out)
+                self.made[moved] = True
+                del out
             if not wanted:
                 return
             if isinstance(step.rule, Addition):
@@ -83,10 +89,25 @@ class Replay:
     ) -> None:
         """Reconstructs the input of a layer by its inverse, then differentiates the layer there."""
         with torch.no_grad(), evaluation.aliased(), evaluation.surroundings(self.autocast):
+            before = {_address(x) for x in state}
             state[:] = invert_layer(layer, tuple(state), self.context)
-        self.differentiate(layer, evaluation, state, grads, needs)
+            # Any other layer might hold what it returns.
+            self.made = [isinstance(layer, Split | Merge) and _address(x) not in before for x in state]
+        self._differentiate(layer, evaluation, state, grads, needs)
 
-    def differentiate(
+    def recompute_layer(
+        self,
+        layer: nn.Module,
+        evaluation: Evaluation,
+        state: list[Tensor],
+        grads: list[Tensor | None],
+        needs: tuple[bool, ...] | None,
+    ) -> None:
+        """Differentiates a layer at its input, which was kept."""
+        self.made = [False] * len(state)
+        self._differentiate(layer, evaluation, state, grads, needs)
+
+    def _differentiate(
         self,
         layer: nn.Module,
         evaluation: Evaluation,
@@ -110,9 +131,18 @@ class Replay:
                 del inputs
             self._compare(layer, evaluation, output)
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
-            del output, log_det
             grads.clear()
-            grads.extend(self._product(evaluation, outputs, leaves, aliases))
+            del output, log_det
+            roots: list[tuple[Any, Tensor | None]] = [pair for pair in outputs if pair[1] is None]
+            given = [pair for pair in outputs if pair[1] is not None and pair[0] is not None and pair[0].requires_grad]
+            del outputs
+            if given:
+                found, cotangents = map(list, zip(*given, strict=True))
+                with torch.enable_grad():
+                    root = _Handover.apply(cotangents, *found)
+                roots.append((root, torch.empty_like(root)))
+                del given, found, root
+            grads.extend(self._product(evaluation, roots, leaves, aliases))
 
     def _compare(self, module: nn.Module, evaluation: Evaluation, result: State) -> None:
         if evaluation.sample is None or self.run.tolerance is None:
@@ -164,6 +194,41 @@ class Replay:
                 assert total is not None
                 self.sums[key] = total
         return products
+
+
+class _Handover(torch.autograd.Function):
+    """A root of the graph that hands over the gradients of the outputs and forgets them: they are freed once used.
+
+    Gradients that are given to `torch.autograd.grad` are held by it to the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cotangents: list[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.cotangents = cotangents
+        ctx.dtypes = [output.dtype for output in outputs]
+        return outputs[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        cotangents = [None] + [c.to(dtype) for c, dtype in zip(ctx.cotangents, ctx.dtypes, strict=True)]
+        ctx.cotangents.clear()
+        return tuple(cotangents)
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _holders(x: Tensor) -> int:
+    return torch._C._storage_Use_Count(_address(x))
+
+
+_ONE_HOLDER = _holders(torch.empty(1))
+
+
+def _is_held_once(x: Tensor) -> bool:
+    """Whether no other tensor (in a graph, or taken by a hook) shares the memory of `x`."""
+    return _holders(x) <= _ONE_HOLDER
 
 
 def _check_nothing_hidden(nodes: list[Any], targets: list[Tensor]) -> None:

@@ -93,7 +93,7 @@ def test_the_number_in_the_name_counts_the_layers_with_weights(name):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_first_unit_has_no_leading_normalisation_and_its_g_has(name):
     network = get_model(name)
-    branches = [m for path, m in network.named_modules() if path.endswith((".f", ".g"))]
+    branches = [m for path, m in network.named_modules() if path.endswith((".f", ".g", ".branch"))]
     assert [b.bn1 is None for b in branches] == [True] + [False] * (len(branches) - 1)
 
 
@@ -101,7 +101,7 @@ def test_constants_of_normalisation_and_initialisation():
     network = get_model("revnet110")
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
-    weight = network.layer3[1].f.conv1.weight
+    weight = network.layer3[2].f.conv1.weight
     assert weight.shape == (64, 64, 3, 3)
     assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
     assert all(m.bias is None for m in network.modules() if isinstance(m, nn.Conv2d))

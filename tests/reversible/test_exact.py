@@ -10,7 +10,7 @@ from revnet import AdditiveCoupling, AffineCoupling, ReversibleBlock, Reversible
 from revnet.models import get_model
 from revnet.reversible import Merge, Split, Watch
 from revnet.reversible.drift import Sample
-from revnet.reversible.grid import checksum, range_of, to_grid
+from revnet.reversible.grid import checksum, range_of, subtract_on_grid, to_grid
 from tests.reversible.networks import BRANCHES, EVERY, EXACT, VALUES, Transition, blocks, sequence, step, tokens
 
 MIX = ("reconstruct", "store", "recompute", "reconstruct")
@@ -320,3 +320,13 @@ def test_networks_of_either_kind_by_default():
     for activations in VALUES[1:]:
         assert all(map(torch.equal, results("revnet38", activations, None), truth))
     assert all(map(torch.equal, results("resnet32", "recompute", None), results("resnet32", "store", False)))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 9), (11,), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_subtraction_in_place_and_in_pieces_is_the_same(shape, dtype, monkeypatch):
+    y, h = to_grid(torch.randn(shape), torch.float32), torch.randn(shape).to(dtype)
+    expected = subtract_on_grid(y, h)
+    monkeypatch.setattr("revnet.reversible.grid.PIECE", 4)
+    assert subtract_on_grid(y, h, out=y) is y
+    assert torch.equal(y, expected)

@@ -7,6 +7,7 @@ from torch import nn
 from revnet import ReversibleSequence
 from revnet.profiling import MemoryTimeline, measure_memory
 from revnet.reversible import Merge, Split
+from revnet.reversible.coupling import ADDITION, EXACT_ADDITION
 from tests.reversible.networks import BRANCHES, EXACT, Transition, basic, blocks, sequence
 
 DEPTHS = (4, 8, 16, 64)
@@ -117,3 +118,42 @@ def test_of_a_graph_that_a_recomputed_layer_builds_on_its_own_nothing_is_kept(ex
         kept = timeline.live()
     # The inputs of three recomputed layers (that of the first was there before) and the output.
     assert 0 <= kept - 4 * y.numel() * 4 <= 4 * 1024
+
+
+@EXACT
+def test_reconstruction_overwrites_its_own_halves(exact, monkeypatch):
+    overwritten = []
+    rule = type(EXACT_ADDITION if exact else ADDITION)
+    undo = rule.undo
+
+    def noting(self, y, h, out=None):
+        overwritten.append(out is y)
+        return undo(self, y, h, out)
+
+    monkeypatch.setattr(rule, "undo", noting)
+    sequence("reconstruct", 4, 4, basic, torch.float32, exact=exact)(torch.randn(2, 8, 4, 4)).sum().backward()
+    assert overwritten == [True] * 8  # behind the blocks stands a Merge, whose halves are copies
+    overwritten.clear()
+    y1, y2 = ReversibleSequence(blocks(4, 4, basic), exact=exact).float()(*torch.randn(2, 2, 4, 4, 4))
+    (y1.sum() + y2.sum()).backward()
+    assert overwritten == [False] * 2 + [True] * 6  # the first two are the caller's
+
+
+@EXACT
+def test_reconstruction_overwrites_nothing_that_somebody_else_holds(exact):
+    net = sequence("reconstruct", 4, 4, basic, torch.float32, exact=exact)
+    taken = []
+
+    def take(module, inputs, output):
+        taken.extend((t, t.clone()) for t in (inputs[0], inputs[0].detach(), output, output.detach()))
+
+    for layer in net:
+        for branch in layer.children():
+            branch.register_forward_hook(take)
+    x = torch.randn(4, 8, 8, 8, requires_grad=True)
+    y = net(x)
+    taken.extend((t, t.detach().clone()) for t in (x, y))
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    assert len(taken) == 3 * 4 * 2 * 4 + 2
+    assert all(torch.equal(now, before) for now, before in taken)

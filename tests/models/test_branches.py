@@ -1,0 +1,22 @@
+"""The residual branches against the formulas that they stand for."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+
+from revnet.models.branches import BottleneckBranch
+
+
+@pytest.mark.parametrize("preactivate", [True, False])
+def test_subsampling_ahead_of_a_pointwise_convolution_is_its_stride(preactivate):
+    branch = BottleneckBranch(4, 8, stride=2, preactivate=preactivate).double()
+    x = torch.randn(3, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    y = branch(x)
+    before = nn.BatchNorm2d(4, eps=1e-3).double()(x).relu() if preactivate else x
+    first = conv2d(before, branch.conv1.weight, stride=2)
+    expected = branch.conv3(branch.bn3(branch.conv2(branch.bn2(first).relu())).relu())
+    assert torch.allclose(y, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)

@@ -1,0 +1,35 @@
+"""The units at the border of two stages."""
+
+import pytest
+import torch
+from torch.nn.functional import conv2d
+
+from revnet.models.branches import BasicBranch, BottleneckBranch
+from revnet.models.units import PointwiseShortcut, TransitionUnit
+from revnet.profiling import MemoryTimeline
+from revnet.reversible import AdditiveCoupling
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_pointwise_shortcut_is_a_strided_convolution_that_keeps_what_it_reads(stride):
+    shortcut = PointwiseShortcut(4, 6, stride).double()
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    with MemoryTimeline([x, shortcut.weight]) as timeline:
+        y = shortcut(x)
+        assert timeline.live() == y.nbytes + (0 if stride == 1 else y.nbytes * 4 // 6)
+    expected = conv2d(x, shortcut.weight, stride=stride)
+    assert torch.allclose(y, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("branch", [BasicBranch, BottleneckBranch])
+def test_a_transition_and_the_coupling_behind_it_are_the_unit_of_the_paper(branch):
+    unit = TransitionUnit(branch, 16, 32, stride=2).double()
+    coupling = AdditiveCoupling(branch(16, 16).double(), swap=True)
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    y1, y2 = coupling(*unit(x))
+    x1, x2 = x[:, :8], x[:, 8:]
+    assert torch.equal(y1, unit.shortcut1(x1) + unit.f(x2.contiguous()))
+    assert torch.equal(y2, unit.shortcut2(x2) + coupling.branch(y1))
