@@ -68,7 +68,7 @@ def step_speed(network: str, data: ImageDataModule, options: argparse.Namespace)
     images = torch.randn(data.batch_size, *data.image_shape, device=options.device)
     images = images.contiguous(memory_format=torch.channels_last)
     autocast = None if options.dtype == "float32" else torch.bfloat16
-    return data.batch_size / measure_time(module, images, autocast=autocast, repeats=options.repeats).step
+    return data.batch_size / measure_time(module, images, dtype=autocast, repeats=options.repeats).step
 
 
 def main() -> None:

@@ -1,6 +1,23 @@
-"""Instruments: memory and time of any module's training step."""
+"""Instruments: memory and time of any module's training step, measured and estimated."""
 
-from revnet.profiling.measure import Measurement, Memory, Time, measure, measure_memory, measure_time
+from revnet.profiling.budget import max_batch, parse_bytes
+from revnet.profiling.estimate import estimate
+from revnet.profiling.measure import measure, measure_memory, measure_time
+from revnet.profiling.measurement import Measurement, Time
+from revnet.profiling.memory import Memory
+from revnet.profiling.resident import measure_resident
 from revnet.profiling.timeline import MemoryTimeline
 
-__all__ = ["Measurement", "Memory", "MemoryTimeline", "Time", "measure", "measure_memory", "measure_time"]
+__all__ = [
+    "Measurement",
+    "Memory",
+    "MemoryTimeline",
+    "Time",
+    "estimate",
+    "max_batch",
+    "measure",
+    "measure_memory",
+    "measure_resident",
+    "measure_time",
+    "parse_bytes",
+]

@@ -2,153 +2,134 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
-from revnet.profiling.timeline import MemoryTimeline
+from revnet.profiling.allocator import Allocator, recorded
+from revnet.profiling.measurement import Measurement, Time
+from revnet.profiling.memory import Memory, memory_of_step
+from revnet.profiling.resident import measure_resident
+from revnet.profiling.step import Loss, MakeOptimizer, build_optimizer, check_device, loss_of, mean_square, unchanged
 
-__all__ = ["Measurement", "Memory", "Time", "measure", "measure_memory", "measure_time"]
-
-Loss = Callable[[Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one training step.
-
-    Attributes:
-        parameters: parameters and buffers.
-        gradients: gradients of the parameters.
-        kept: activations live between the forward and the backward pass.
-        peak: most activations and temporaries live at once in the step; parameters, buffers, their gradients and the
-            input excluded. This, not `kept`, decides whether a step fits.
-    """
-
-    parameters: int
-    gradients: int
-    kept: int
-    peak: int
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds of one training step: medians over the repeats, and the quartiles of the whole step."""
-
-    forward: float
-    backward: float
-    step: float
-    step_quartiles: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Memory (bytes) and time (seconds) of a training step."""
-
-    memory: Memory
-    time: Time
-    images_per_second: float
-
-
-def _mean_square(output: Any) -> Tensor:
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    if not tensors:
-        raise ValueError("the model returned no floating-point tensor; pass `loss`, a function from output to scalar")
-    return torch.stack([t.float().square().mean() for t in tensors]).sum()
-
-
-def _autocast(input: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return torch.autocast(input.device.type, dtype=dtype, enabled=dtype is not None)
+__all__ = ["measure", "measure_memory", "measure_time"]
 
 
 def measure_memory(
-    model: nn.Module, input: Tensor, loss: Loss = _mean_square, autocast: torch.dtype | None = None
+    model: nn.Module,
+    input: Tensor,
+    loss: Loss = mean_square,
+    dtype: torch.dtype | None = None,
+    optimizer: MakeOptimizer | None = None,
+    *,
+    snapshot: str | Path | None = None,
 ) -> Memory:
-    """Memory of one forward and backward pass, counted tensor by tensor; see `Memory`.
+    """Memory of one training step, counted tensor by tensor; see `Memory`.
+
+    On CUDA `temporaries`, `peak` and `total` also hold what the allocator took beyond that: the workspaces of operators
+    and the rounding of sizes.
 
     Args:
-        model: any module; it is left in the mode it is in, its gradients are cleared.
+        model: any module, in the mode it is in. Weights, buffers and random generators are left as they were, gradients
+            are cleared.
         input: a batch.
         loss: function from the model's output to a scalar; the mean square by default.
-        autocast: half-precision dtype of torch.autocast, None for none.
+        dtype: None for the dtype of the parameters; torch.bfloat16 or torch.float16 for autocast to it.
+        optimizer: function from parameters to an optimizer, such as `functools.partial(torch.optim.SGD, lr=0.1)`; None
+            for a step that ends with the backward pass.
+        snapshot: where to write the record of the CUDA allocator that pytorch.org/memory_viz reads.
+
+    Raises:
+        ValueError: `snapshot` is given and the input is not on a CUDA device.
     """
-    for parameter in model.parameters():
-        parameter.grad = None
-    known = [*model.parameters(), *model.buffers(), input]
-    with MemoryTimeline(known) as timeline:
-        with _autocast(input, autocast):
-            value = loss(model(input))
-        between = timeline.now()
-        value.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return Memory(
-        parameters=_bytes([*model.parameters(), *model.buffers()]),
-        gradients=_bytes(gradients),
-        kept=timeline.live(between, without=gradients),
-        peak=timeline.peak(without=gradients),
-    )
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    check_device(model, input)
+    if snapshot is not None and input.device.type != "cuda":
+        raise ValueError(
+            f"snapshot={str(snapshot)!r} records the CUDA allocator, but the input is on {input.device}; move model "
+            f"and input to a CUDA device or leave it out"
+        )
+    with unchanged(model, input.device):
+        if input.device.type != "cuda":
+            return memory_of_step(model, input, loss, dtype, optimizer)
+        loss_of(model, input, loss, dtype).backward()  # workspaces that libraries keep are there from now on
+        model.zero_grad()
+        with recorded(snapshot):
+            return memory_of_step(model, input, loss, dtype, optimizer, Allocator(input.device))
 
 
 def measure_time(
     model: nn.Module,
     input: Tensor,
-    loss: Loss = _mean_square,
-    autocast: torch.dtype | None = None,
+    loss: Loss = mean_square,
+    dtype: torch.dtype | None = None,
+    optimizer: MakeOptimizer | None = None,
     repeats: int = 5,
     warmup: int = 1,
 ) -> Time:
-    """Wall time of a forward and backward pass, the median of `repeats` after `warmup` unmeasured ones.
+    """Wall time of a training step, the median of `repeats` after `warmup` unmeasured ones.
 
     To compare two models, interleave calls with `repeats=1`: machines drift. On a CPU set the allocator to keep
     the memory it freed (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ high), or what saves memory looks faster than
     it is.
+
+    Args: as `measure_memory`; the model is left as there.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    check_device(model, input)
 
     def clock() -> float:
         if input.device.type != "cpu":
             torch.accelerator.synchronize(input.device)
         return time.perf_counter()
 
-    forward, backward = [], []
-    for _ in range(warmup + repeats):
-        for parameter in model.parameters():
-            parameter.grad = None
-        start = clock()
-        with _autocast(input, autocast):
-            value = loss(model(input))
-        middle = clock()
-        value.backward()
-        forward.append(middle - start)
-        backward.append(clock() - middle)
-    forward, backward = forward[warmup:], backward[warmup:]
-    steps = sorted(f + b for f, b in zip(forward, backward, strict=True))
-    quartiles = (steps[len(steps) // 4], steps[(3 * len(steps)) // 4 - (len(steps) % 4 == 0)])
-    return Time(median(forward), median(backward), median(steps), quartiles)
+    moments = []
+    with unchanged(model, input.device):
+        stepper = build_optimizer(model, optimizer)
+        for _ in range(warmup + repeats):
+            model.zero_grad()
+            start = clock()
+            value = loss_of(model, input, loss, dtype)
+            middle = clock()
+            value.backward()
+            late = clock()
+            if stepper is not None:
+                stepper.step()
+            moments.append((start, middle, late, clock() if stepper is not None else late))
+    moments = moments[warmup:]
+    steps = sorted(end - start for start, _, _, end in moments)
+    return Time(
+        forward=median(middle - start for start, middle, _, _ in moments),
+        backward=median(late - middle for _, middle, late, _ in moments),
+        optimizer=median(end - late for _, _, late, end in moments),
+        step=median(steps),
+        step_quartiles=(steps[len(steps) // 4], steps[(3 * len(steps)) // 4 - (len(steps) % 4 == 0)]),
+    )
 
 
 def measure(
     model: nn.Module,
     input: Tensor,
-    loss: Loss = _mean_square,
-    autocast: torch.dtype | None = None,
+    loss: Loss = mean_square,
+    dtype: torch.dtype | None = None,
+    optimizer: MakeOptimizer | None = None,
     repeats: int = 5,
+    *,
+    snapshot: str | Path | None = None,
+    resident: bool = False,
 ) -> Measurement:
-    """Memory and time of a training step (forward and backward) of any module.
+    """Memory, time and arithmetic of a training step of any module.
 
-    Args: as `measure_memory` and `measure_time`.
+    Args:
+        model, input, loss, dtype, optimizer, snapshot: as `measure_memory`; the model is left as there.
+        repeats: timed steps.
+        resident: also run a step in a process of its own; see `measure_resident`.
 
     Example:
         >>> import torch
@@ -158,6 +139,32 @@ def measure(
         >>> result.memory.peak > result.memory.kept > 0
         True
     """
-    seconds = measure_time(model, input, loss, autocast, repeats)
-    memory = measure_memory(model, input, loss, autocast)
-    return Measurement(memory, seconds, input.shape[0] / seconds.step)
+    seconds = measure_time(model, input, loss, dtype, optimizer, repeats)
+    return Measurement(
+        memory=measure_memory(model, input, loss, dtype, optimizer, snapshot=snapshot),
+        time=seconds,
+        flops=_count_flops(model, input, loss, dtype),
+        images_per_second=input.shape[0] / seconds.step,
+        resident=measure_resident(model, input, loss, dtype, optimizer) if resident else None,
+        environment={
+            "device": _device_name(input.device),
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "input": list(input.shape),
+            "dtype": str(dtype or input.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def _count_flops(model: nn.Module, input: Tensor, loss: Loss, dtype: torch.dtype | None) -> int:
+    with unchanged(model, input.device), FlopCounterMode(display=False) as counter:
+        loss_of(model, input, loss, dtype).backward()
+    return counter.get_total_flops()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -65,27 +65,42 @@ class MemoryTimeline(TorchDispatchMode):
             self._events.append((number, -self._sizes[number]))
 
     def now(self) -> int:
-        """The present moment, to be given to `live` and `bytes_over_time` later."""
+        """The present moment, to be given to the other methods later."""
         return len(self._events)
 
     def bytes_over_time(self, without: Iterable[Tensor] = ()) -> list[int]:
         """Live bytes after each event, the storages of `without` left out."""
-        left_out = {self._numbers[t.untyped_storage()._cdata][0] for t in without if self._knows(t)}
-        total, curve = 0, []
+        left_out, total, curve = self._numbers_of(without), 0, []
         for number, change in self._events:
             if number not in left_out:
                 total += change
             curve.append(total)
         return curve
 
-    def _knows(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._numbers
-
-    def peak(self, without: Iterable[Tensor] = ()) -> int:
-        """The most bytes that were live at once."""
-        return max(self.bytes_over_time(without), default=0)
-
     def live(self, moment: int | None = None, without: Iterable[Tensor] = ()) -> int:
         """The bytes live at `moment` (one that `now` returned), or at the end."""
         curve = self.bytes_over_time(without)[:moment]
         return curve[-1] if curve else 0
+
+    def peak(self, without: Iterable[Tensor] = (), since: int = 0, until: int | None = None) -> int:
+        """The most bytes that were live at once, from one moment to another."""
+        curve = [0, *self.bytes_over_time(without)]  # a moment's bytes are those after the event before it
+        return max(curve[since:][: None if until is None else until - since + 1])
+
+    def peak_parts(self, moment: int, until: int | None = None, without: Iterable[Tensor] = ()) -> tuple[int, int]:
+        """The peak until the moment `until` in two parts: the storages that were live at `moment` too, and the rest."""
+        curve = [0, *self.bytes_over_time(without)][: None if until is None else until + 1]
+        highest = max(curve)
+        both = self._alive(moment) & self._alive(curve.index(highest))
+        of_moment = sum(self._sizes[number] for number in both - self._numbers_of(without))
+        return of_moment, highest - of_moment
+
+    def _alive(self, moment: int) -> set[int]:
+        alive: set[int] = set()
+        for number, change in self._events[:moment]:
+            (alive.add if change > 0 else alive.discard)(number)
+        return alive
+
+    def _numbers_of(self, tensors: Iterable[Tensor]) -> set[int | None]:
+        keys = [t.untyped_storage()._cdata for t in tensors]
+        return {self._numbers[key][0] for key in keys if key in self._numbers}

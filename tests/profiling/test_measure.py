@@ -1,74 +1,74 @@
-"""Memory and time of a training step."""
+"""Measuring a training step leaves the model as it was."""
+
+import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from revnet import set_activations
 from revnet.models import get_model
-from revnet.profiling import MemoryTimeline, measure, measure_memory, measure_time
+from revnet.profiling import Measurement, estimate, measure, measure_memory, measure_time
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
-def test_timeline_counts_births_and_deaths():
-    x = torch.zeros(1000)
-    with MemoryTimeline([x]) as timeline:
-        a = x + 1
-        b = a * 2
-        moment = timeline.now()
-        del a
-        c = b.view(10, 100)
-    assert timeline.peak() == 8000
-    assert timeline.live(moment) == 8000
-    assert timeline.live() == 4000
-    assert timeline.live(without=[c]) == 0
-    assert timeline.bytes_over_time() == [4000, 8000, 4000]
-
-
-@pytest.mark.filterwarnings("ignore:Module is None:UserWarning")
-@pytest.mark.parametrize("name", ["resnet32", "revnet38"])
-@pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct"])
-def test_peak_agrees_with_torchs_mem_tracker(name, activations):
-    network, x = get_model(name, activations=activations), torch.randn(8, 3, 32, 32)
-    with MemoryTimeline([x, *network.parameters(), *network.buffers()]) as timeline:
-        network(x).float().square().mean().backward()
-    network.zero_grad()
-    tracker = MemTracker()
-    tracker.track_external(network, x)
-    with tracker:
-        network(x).float().square().mean().backward()
-    parts = {str(k): v for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
-    theirs = sum(v for k, v in parts.items() if k.endswith(("ACT", "TEMP", "GRAD")))
-    assert timeline.peak() == pytest.approx(theirs, rel=0.02)
-
-
-def test_memory_of_a_linear_layer_by_hand():
-    model, x = nn.Sequential(nn.Linear(100, 100), nn.ReLU()), torch.randn(50, 100)
-    memory = measure_memory(model, x, loss=lambda y: y.sum())
-    assert memory.parameters == memory.gradients == 4 * (100 * 100 + 100)
-    # The output of the ReLU is kept; the linear layer's is freed; the loss is a number.
-    assert memory.kept == 4 * (50 * 100 + 1)
-    assert memory.peak > memory.kept
-
-
-def test_measure_leaves_the_model_usable_and_orders_the_strategies():
+def test_measure_orders_the_strategies():
     network, x = get_model("revnet38"), torch.randn(4, 3, 16, 16)
-    peaks = {}
+    results = {}
     for value in ("store", "recompute", "reconstruct"):
         set_activations(network, value)
-        result = measure(network, x, repeats=1)
-        peaks[value] = result.memory.peak
-        assert result.time.step > 0
-        assert result.images_per_second > 0
-    assert peaks["store"] > peaks["recompute"] > peaks["reconstruct"]
+        results[value] = measure(network, x, repeats=1)
+        assert results[value].time.step > 0
+        assert results[value].images_per_second > 0
+    peaks = [result.memory.peak for result in results.values()]
+    assert peaks[0] > peaks[1] > peaks[2]
+    # The second forward pass is one third of the first and the backward pass together.
+    assert results["reconstruct"].flops == pytest.approx(4 / 3 * results["store"].flops, rel=0.02)
+
+
+def test_flops_of_a_linear_layer_by_hand():
+    # The forward pass, the weight's gradient and none for the input.
+    assert measure(nn.Linear(8, 16), torch.randn(4, 8), repeats=1).flops == 2 * (2 * 4 * 8 * 16)
+
+
+@pytest.mark.parametrize("take", [measure_memory, measure_time, partial(measure, repeats=1)])
+def test_the_model_and_the_random_generator_are_left_as_they_were(take):
+    network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8))
+    network[3].eval()
+    network(torch.randn(4, 8)).sum().backward()
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    random = torch.get_rng_state()
+    take(network, torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), optimizer=SGD)
+    assert all(t.equal(before[name]) for name, t in network.state_dict().items())
+    assert torch.get_rng_state().equal(random)
+    assert [module.training for module in network] == [True, True, True, False]
+    assert all(p.grad is None for p in network.parameters())
 
 
 def test_time_is_the_median_with_quartiles():
-    time = measure_time(nn.Linear(10, 10), torch.randn(4, 10), repeats=7)
+    time = measure_time(nn.Linear(10, 10), torch.randn(4, 10), optimizer=SGD, repeats=7)
     low, high = time.step_quartiles
     assert 0 < low <= time.step <= high
+    assert min(time.forward, time.backward, time.optimizer) > 0
+    assert measure_time(nn.Linear(10, 10), torch.randn(4, 10)).optimizer == 0
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         measure_time(nn.Linear(2, 2), torch.randn(1, 2), repeats=0)
+
+
+def test_a_measurement_is_saved_read_back_and_printed(tmp_path):
+    result = measure(nn.Linear(1000, 1000), torch.randn(4, 1000), dtype=torch.bfloat16, repeats=2)
+    result.save(tmp_path / "result.json")
+    assert Measurement.load(tmp_path / "result.json") == result
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["memory"]["peak"] == result.memory.peak
+    assert content["environment"]["torch"] == torch.__version__
+    assert content["environment"]["dtype"] == "bfloat16"
+    assert content["environment"]["device"]
+    words = [line.split()[:3] for line in str(result).splitlines()]
+    assert ["parameters", "4.0", "MB"] in words
+    assert {"peak", "total", "step", "arithmetic", "speed", "torch"} <= {first for first, *_ in words}
 
 
 def test_autocast_and_outputs_of_any_structure():
@@ -76,7 +76,7 @@ def test_autocast_and_outputs_of_any_structure():
         def forward(self, x):
             return {"a": super().forward(x), "b": [x, 3]}
 
-    assert measure_memory(Two(8, 8), torch.randn(4, 8), autocast=torch.bfloat16).kept > 0
+    assert measure_memory(Two(8, 8), torch.randn(4, 8), dtype=torch.bfloat16).kept > 0
 
     class NoTensor(nn.Linear):
         def forward(self, x):
@@ -84,3 +84,24 @@ def test_autocast_and_outputs_of_any_structure():
 
     with pytest.raises(ValueError, match="returned no floating-point tensor; pass `loss`"):
         measure_memory(NoTensor(8, 8), torch.randn(4, 8))
+
+
+def test_mistakes_are_told():
+    with pytest.raises(
+        ValueError, match=r"snapshot='memory.pickle' records the CUDA allocator, but the input is on cpu"
+    ):
+        measure_memory(nn.Linear(2, 2), torch.randn(2, 2), snapshot="memory.pickle")
+    with pytest.raises(ValueError, match="input is on cpu, the model on meta; move one of them"):
+        measure_memory(nn.Linear(2, 2, device="meta"), torch.randn(2, 2))
+
+
+@pytest.mark.gpu
+def test_cuda_counts_the_allocator_and_records_it(tmp_path):
+    network = get_model("revnet38").cuda()
+    x = torch.randn(64, 3, 32, 32, device="cuda")
+    memory = measure_memory(network, x, optimizer=SGD, snapshot=tmp_path / "memory.pickle")
+    estimated = estimate(network, x.shape, optimizer=SGD)
+    assert (memory.kept, memory.optimizer) == (estimated.kept, estimated.optimizer)
+    assert estimated.peak <= memory.peak
+    assert estimated.total <= memory.total <= 2 * estimated.total
+    assert (tmp_path / "memory.pickle").stat().st_size > 0

@@ -1,0 +1,127 @@
+"""The memory of a training step, computed without taking the memory or the time."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
+
+from revnet.profiling.memory import Memory, memory_of_step
+from revnet.profiling.step import Loss, MakeOptimizer, mean_square
+
+__all__ = ["checked_shape", "estimate"]
+
+_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def estimate(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+    optimizer: MakeOptimizer | None = None,
+    loss: Loss = mean_square,
+) -> Memory:
+    """Memory of a training step, split as by `measure_memory`, without allocating any of it; see `Memory`.
+
+    The step runs on tensors without data (torch's `FakeTensorMode`), so that it takes seconds whatever the size. What
+    an operator allocates and frees inside itself (a convolution's workspace) is not in it.
+
+    Args:
+        model: any module, in the mode it is in, on the device it is on (the meta device too); it is not changed.
+        input_shape: shape of a batch, the batch dimension included; the batch has the dtype of the parameters.
+        dtype: None for the dtype of the parameters; torch.bfloat16 or torch.float16 for autocast to it.
+        optimizer: function from parameters to an optimizer, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
+        loss: function from the model's output to a scalar; the mean square by default.
+
+    Raises:
+        ValueError: the model does not take inputs of this shape, or looks at the values of tensors.
+
+    Example:
+        >>> from revnet.models import revnet104
+        >>> from revnet.profiling import estimate
+        >>> memory = estimate(revnet104(activations="reconstruct"), (1024, 3, 224, 224))
+        >>> memory.kept < estimate(revnet104(activations="store"), (1024, 3, 224, 224)).kept / 5
+        True
+    """
+    shape = checked_shape("input_shape", input_shape)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = _fake_copy(model, mode)
+    with mode, _quiet():
+        first = next((p for p in fake.parameters() if p.is_floating_point()), torch.empty(()))
+        input = torch.empty(shape, dtype=first.dtype, device=first.device)
+        try:
+            return memory_of_step(_Told(fake), input, loss, dtype, optimizer and _as_for_real(optimizer))
+        except _LOOKS_AT_VALUES as error:
+            raise ValueError(
+                f"{type(model).__name__}, its loss or its optimizer looks at the values of tensors ({error}), which an "
+                f"estimate does not have; use measure_memory"
+            ) from error
+
+
+def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple; ValueError if it is none."""
+    if isinstance(shape, str) or not all(type(size) is int and size > 0 for size in shape) or not len(shape):
+        raise ValueError(f"{name} must be a sequence of positive integers, such as (8, 3, 32, 32); got {shape!r}")
+    return tuple(shape)
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy whose parameters and buffers have no data."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for t in (*model.parameters(), *model.buffers()):
+            fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+            memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps fake tensors from logging the errors that they raise."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+
+
+def _as_for_real(optimizer: MakeOptimizer) -> MakeOptimizer:
+    """The same, stepping all parameters at once where it does with real ones; with fake ones it would not."""
+
+    def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        built = optimizer(parameters)
+        for group in getattr(built, "param_groups", ()):
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                kinds = {p.device.type for p in group["params"]}
+                group["foreach"] = kinds.issubset(_get_foreach_kernels_supported_devices())
+        return built
+
+    return build
+
+
+class _Told(nn.Module):
+    """A model whose errors are told as a wrong `input_shape`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        try:
+            return self.model(x)
+        except _LOOKS_AT_VALUES:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"input_shape={tuple(x.shape)}: {type(self.model).__name__} does not take it: "
+                f"{type(error).__name__}: {error}"
+            ) from error

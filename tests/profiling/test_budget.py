@@ -1,0 +1,57 @@
+"""Sizes in words, and the largest batch for a budget."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from revnet.models import get_model
+from revnet.profiling import estimate, max_batch, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("size", "number"),
+    [("16GiB", 16 * 2**30), ("16 GB", 16 * 10**9), ("500MB", 5 * 10**8), (7, 7), ("1.5kib", 1536), (" 8 b ", 8)],
+)
+def test_sizes(size, number):
+    assert parse_bytes(size) == number
+
+
+@pytest.mark.parametrize("size", ["16", "16 Gb/s", "16GX", "GB", "-1GB", 0, -5, 1.5, True, None, "0 GB", ""])
+def test_no_sizes(size):
+    with pytest.raises(ValueError, match="with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"):
+        parse_bytes(size)
+
+
+@pytest.mark.parametrize("optimizer", [None, partial(torch.optim.AdamW, foreach=True)])
+@pytest.mark.parametrize("budget", [100_000, "1MB", "12 MB"])
+def test_the_largest_batch_fits_and_one_more_does_not(optimizer, budget):
+    # Wide enough that for small batches the optimizer's step is what takes most.
+    network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    batch = max_batch(network, budget, (64,), optimizer=optimizer)
+    totals = [estimate(network, (size, 64), optimizer=optimizer).total for size in (batch, batch + 1)]
+    assert totals[0] <= parse_bytes(budget) < totals[1]
+
+
+def test_it_takes_few_estimates(monkeypatch):
+    tried = []
+
+    def counted(model, shape, *arguments):
+        tried.append(shape[0])
+        return estimate(model, shape, *arguments)
+
+    monkeypatch.setattr("revnet.profiling.budget.estimate", counted)
+    reconstructed = max_batch(get_model("revnet38"), "300MB", (3, 32, 32))
+    assert len(tried) <= 8
+    assert reconstructed > 3 * max_batch(get_model("revnet38", activations="store"), "300MB", (3, 32, 32))
+
+
+def test_the_least_budget_is_told():
+    network = nn.Linear(100, 100)
+    least = estimate(network, (1, 100)).total
+    with pytest.raises(ValueError, match=f"budget='1kB' is too small: a batch of 1 takes {least:,} bytes"):
+        max_batch(network, "1kB", (100,))
+    assert max_batch(network, least, (100,)) == 1
+    with pytest.raises(ValueError, match=r"input_shape=\(1, 99\): Linear does not take it"):
+        max_batch(network, "1GB", (99,))
