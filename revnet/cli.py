@@ -33,9 +33,9 @@ def command(
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a command out of a function of the composed configuration.
 
-    A mistake of the user (see `mistake`) ends in one line on stderr. The exit status is 2 if it lies in the
-    configuration, 1 if the job came across it. Any other exception keeps its traceback, and with `HYDRA_FULL_ERROR=1`
-    all do.
+    A mistake of the user (see `mistake`) ends in one line on stderr, and so does Ctrl-C. The exit status is 2 if the
+    mistake lies in the configuration, 1 if the job came across it, 130 at Ctrl-C. Any other exception keeps its
+    traceback, and with `HYDRA_FULL_ERROR=1` all do.
 
     Args:
         config_name: the primary configuration in `conf/`; the command is `revnet-CONFIG_NAME`.
@@ -78,6 +78,8 @@ def command(
             os.environ[FULL_ERROR] = "1"
             try:
                 run(job)
+            except KeyboardInterrupt:
+                leave(config_name, "interrupted", status=130)
             except Exception as error:
                 if error in reported:
                     sys.exit(1)

@@ -26,7 +26,7 @@ class KeepRuns(Callback):
         """Look at the run's directory."""
         HydraConfig.instance().set_config(config)  # the directory's name refers to it
         directory = Path(config.hydra.run.dir)
-        if not config.ckpt_path:
+        if not config.get("ckpt_path"):
             last = directory / "checkpoints" / "last.ckpt"
             resume = f", or resume the run with ckpt_path={last}" if last.is_file() else ""
             self._refuse(config, directory, f"choose another run_dir{resume}")

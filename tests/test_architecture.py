@@ -26,11 +26,15 @@ LAYERS = {
     "revnet.profiling": {"torch"},
     "revnet.data": {"torch", "torchvision", "pytorch_lightning", "numpy", "PIL", "rich", "sklearn"},
     "revnet.training": {"revnet.reversible", "torch", "pytorch_lightning", "torchmetrics", "rich"},
+    "revnet.report": {"rich", "matplotlib", "jinja2"},
     "revnet.mistakes": {"revnet.reversible", "hydra", "omegaconf"},
     "revnet.run_directory": {"revnet.mistakes", "hydra", "omegaconf"},
     "revnet.cli": {"revnet.mistakes", "hydra", "omegaconf"},
     "revnet.train": COMMAND,
     "revnet.evaluate": COMMAND | {"revnet.train"},
+    "revnet.profile": COMMAND | {"revnet.mistakes", "revnet.report"},
+    "revnet.profile_cell": {"revnet.mistakes", "revnet.profiling", "revnet.reversible", "hydra", "omegaconf", "torch"},
+    "revnet.profile_sweep": {"revnet.mistakes", "revnet.report", "hydra", "omegaconf", "rich"},
 }
 
 

@@ -237,7 +237,7 @@ def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture) -> No
 
 
 def test_help_and_a_mistyped_name_do_not_wait_for_lightning(tmp_path: Path) -> None:
-    code = "import sys, revnet.train, revnet.evaluate; print(*sys.modules)"
+    code = "import sys, revnet.train, revnet.evaluate, revnet.profile; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "hydra" in run.stdout.split()
     assert "pytorch_lightning" not in run.stdout.split()
