@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from revnet.mistakes import mistake
-from revnet.profiling import Memory, estimate, max_batch, measure, parse_bytes
+from revnet.profiling import Memory, estimate, max_batch, measure, parse_bytes, plan
 from revnet.reversible import ReversibleSequence, compile_branches, set_activations
 
 __all__ = ["profile_cell", "main"]
@@ -55,8 +55,6 @@ def profile_cell(cfg: DictConfig) -> dict[str, Any]:
         most = max_batch(model, parse_bytes(cfg.budget), shape, **options)
         return {"max_batch": most, "memory": _bytes(estimate(model, (most, *shape), **options))}
     if cfg.mode == "plan":
-        from revnet.profiling.plan import plan
-
         found = plan(model, (cfg.batch_size, *shape), parse_bytes(cfg.budget), **options)
         return {"plan": str(found), "memory": _bytes(found.memory), "seconds_over_store": found.seconds_over_store}
     if cfg.compile:

@@ -74,7 +74,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     import pytorch_lightning as pl
 
-    from revnet.training import TrainingMonitor, environment, load_weights, print_summary, read_checkpoint
+    from revnet.training import (
+        TrainingMonitor,
+        environment,
+        load_weights,
+        print_summary,
+        read_checkpoint,
+        spend_memory,
+    )
 
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed={cfg.seed}: give an integer from 0 to 2**32 - 1")
@@ -84,6 +91,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     data, classifier = build(cfg)
+    if cfg.memory_budget is not None:
+        spend_memory(
+            classifier.network,
+            cfg.memory_budget,
+            (cfg.data.batch_size, *data.image_shape),  # type: ignore[attr-defined]
+            cfg.trainer.precision,
+            instantiate(cfg.optimizer, _convert_="all"),
+            cfg.trainer.accumulate_grad_batches > 1,
+        )
     if cfg.compile:
         compile_branches(classifier.network)
     if cfg.ckpt_path is not None:

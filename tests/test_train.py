@@ -228,6 +228,19 @@ def test_resuming_another_architecture_is_refused(capsys: pytest.CaptureFixture)
     assert re.search("holds revnet38 for 10 classes .* not the resnet32 for 10 classes .* asked for", only)
 
 
+def test_a_memory_budget_is_one_option(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert train("run_dir=here", "memory_budget=14MB", "data.image_shape=[3,16,16]") == 0
+    said = (tmp_path / "here" / "train.log").read_text()
+    assert re.search(r"memory_budget=14MB: 1[34]\.\d MB in all", said)
+    assert re.search(r"layer1: .*store, \d reconstruct", said)
+    capsys.readouterr()
+    assert train("run_dir=there", "memory_budget=1MB") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"budget=1000000 is too small for RevNet .* the least possible is [\d,]+ bytes", line)
+    assert train("run_dir=elsewhere", "memory_budget=1MB", "model=resnet18") == 1
+    assert "has no ReversibleSequence" in capsys.readouterr().err
+
+
 def test_compile_is_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(train_module, "compile_branches", compiled.append)

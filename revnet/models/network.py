@@ -59,6 +59,9 @@ class PreActResNet(Switched):
     """
 
     default_activations: Activations = "store"
+    # Maximum and ReLU commute, and behind the pooling the ReLU keeps a quarter.
+    stem = ("conv1", "bn1", "maxpool", "relu")
+    tail = ("norm", "relu", "avgpool")
 
     def __init__(
         self,
@@ -114,21 +117,12 @@ class PreActResNet(Switched):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _apart(self, x: Tensor, *modules: nn.Module) -> Tensor:
-        """Modules outside the stages as one layer of the engine, so that their activations are not kept either."""
-        if isinstance(x, torch.fx.Proxy):  # a symbolic trace shows them one by one
-            for module in modules:
-                x = module(x)
-            return x
-        return ReversibleSequence([nn.Sequential(*modules)], self.activations)(x)
-
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.conv1.in_channels, self.total_stride)
-        # The maximum and the ReLU commute, and a ReLU behind the pooling keeps a quarter.
-        x = self._apart(x, self.conv1, self.bn1, self.maxpool, self.relu)
+        x = self.run_stem(x)
         for name in self.stage_names:
             x = getattr(self, name)(x)
-        x = self._apart(x, self.norm, self.relu, self.avgpool)
+        x = self.run_tail(x)
         return self.fc(x.flatten(1))
 
 

@@ -5,6 +5,7 @@ from revnet.profiling.estimate import estimate
 from revnet.profiling.measure import measure, measure_memory, measure_time
 from revnet.profiling.measurement import Measurement, Time
 from revnet.profiling.memory import Memory
+from revnet.profiling.plan import Plan, plan
 from revnet.profiling.resident import measure_resident
 from revnet.profiling.timeline import MemoryTimeline
 
@@ -12,6 +13,7 @@ __all__ = [
     "Measurement",
     "Memory",
     "MemoryTimeline",
+    "Plan",
     "Time",
     "estimate",
     "max_batch",
@@ -20,4 +22,5 @@ __all__ = [
     "measure_resident",
     "measure_time",
     "parse_bytes",
+    "plan",
 ]

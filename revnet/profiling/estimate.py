@@ -17,7 +17,7 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 from revnet.profiling.memory import Memory, memory_of_step
 from revnet.profiling.step import Loss, MakeOptimizer, mean_square
 
-__all__ = ["checked_shape", "estimate"]
+__all__ = ["checked_shape", "estimate", "fake_copy", "without_data"]
 
 _LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -51,14 +51,21 @@ def estimate(
         >>> memory.kept < estimate(revnet104(activations="store"), (1024, 3, 224, 224)).kept / 5
         True
     """
+    with without_data(model, input_shape) as (fake, input):
+        return memory_of_step(fake, input, loss, dtype, optimizer and _as_for_real(optimizer))
+
+
+@contextmanager
+def without_data(model: nn.Module, input_shape: Sequence[int]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """A copy of a model and a batch that have no data, in a context in which steps with them compute nothing."""
     shape = checked_shape("input_shape", input_shape)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = _fake_copy(model, mode)
+    fake = fake_copy(model, mode)
     with mode, _quiet():
         first = next((p for p in fake.parameters() if p.is_floating_point()), torch.empty(()))
         input = torch.empty(shape, dtype=first.dtype, device=first.device)
         try:
-            return memory_of_step(_Told(fake), input, loss, dtype, optimizer and _as_for_real(optimizer))
+            yield _Told(fake), input
         except _LOOKS_AT_VALUES as error:
             raise ValueError(
                 f"{type(model).__name__}, its loss or its optimizer looks at the values of tensors ({error}), which an "
@@ -73,8 +80,9 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     """A copy whose parameters and buffers have no data."""
+    mode = mode or FakeTensorMode()
     memo: dict[int, Any] = {}
     with mode:
         for t in (*model.parameters(), *model.buffers()):

@@ -70,7 +70,7 @@ class MemoryTimeline(TorchDispatchMode):
 
     def bytes_over_time(self, without: Iterable[Tensor] = ()) -> list[int]:
         """Live bytes after each event, the storages of `without` left out."""
-        left_out, total, curve = self._numbers_of(without), 0, []
+        left_out, total, curve = self.numbers_of(without), 0, []
         for number, change in self._events:
             if number not in left_out:
                 total += change
@@ -91,16 +91,21 @@ class MemoryTimeline(TorchDispatchMode):
         """The peak until the moment `until` in two parts: the storages that were live at `moment` too, and the rest."""
         curve = [0, *self.bytes_over_time(without)][: None if until is None else until + 1]
         highest = max(curve)
-        both = self._alive(moment) & self._alive(curve.index(highest))
-        of_moment = sum(self._sizes[number] for number in both - self._numbers_of(without))
+        both = self.alive(moment).keys() & self.alive(curve.index(highest)).keys()
+        of_moment = sum(self._sizes[number] for number in both - self.numbers_of(without))
         return of_moment, highest - of_moment
 
-    def _alive(self, moment: int) -> set[int]:
-        alive: set[int] = set()
-        for number, change in self._events[:moment]:
-            (alive.add if change > 0 else alive.discard)(number)
+    def alive(self, moment: int) -> dict[int, tuple[int, int]]:
+        """The storages live at `moment`, by number: when each was born, and its bytes."""
+        alive: dict[int, tuple[int, int]] = {}
+        for event, (number, change) in enumerate(self._events[:moment]):
+            if change > 0:
+                alive[number] = event, change
+            else:
+                alive.pop(number, None)
         return alive
 
-    def _numbers_of(self, tensors: Iterable[Tensor]) -> set[int | None]:
+    def numbers_of(self, tensors: Iterable[Tensor]) -> set[int | None]:
+        """The numbers of the storages of tensors; None for one that does not count."""
         keys = [t.untyped_storage()._cdata for t in tensors]
         return {self._numbers[key][0] for key in keys if key in self._numbers}

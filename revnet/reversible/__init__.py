@@ -5,7 +5,7 @@ from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Couplin
 from revnet.reversible.evaluation import is_recomputing
 from revnet.reversible.halves import Merge, Split, split_halves
 from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence
-from revnet.reversible.switch import Switched, set_activations
+from revnet.reversible.switch import Slot, Switched, set_activations, slots
 from revnet.reversible.watch import ReconstructionError, ReconstructionWarning, Watch
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ReconstructionWarning",
     "ReversibleBlock",
     "ReversibleSequence",
+    "Slot",
     "Split",
     "Step",
     "Switched",
@@ -26,5 +27,6 @@ __all__ = [
     "compile_branches",
     "is_recomputing",
     "set_activations",
+    "slots",
     "split_halves",
 ]

@@ -2,32 +2,114 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from revnet.reversible.sequence import Activations, ReversibleSequence, checked_value
 
-__all__ = ["Switched", "set_activations"]
+__all__ = ["Slot", "Switched", "set_activations", "slots"]
 
 
 class Switched(nn.Module):
-    """A module that `set_activations` reaches besides the sequences: it passes parts of itself through the engine.
+    """A network with a stem and a tail, children outside its sequences that go through the engine too.
 
     Attributes:
-        activations: a single value, as of a sequence.
+        stem, tail: names of the children, in the order in which they run.
+        stem_activations, tail_activations: "store", or anything else to keep no more than their input.
     """
 
-    activations: Activations = "store"
+    stem: tuple[str, ...] = ()
+    tail: tuple[str, ...] = ()
+    stem_activations: str = "store"
+    tail_activations: str = "store"
+
+    def run_stem(self, x: Tensor) -> Tensor:
+        """The output of the stem."""
+        return self._run(x, self.stem, self.stem_activations)
+
+    def run_tail(self, x: Tensor) -> Tensor:
+        """The output of the tail."""
+        return self._run(x, self.tail, self.tail_activations)
+
+    def _run(self, x: Tensor, names: tuple[str, ...], activations: str) -> Tensor:
+        modules = [getattr(self, name) for name in names]
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace shows them one by one
+            for module in modules:
+                x = module(x)
+            return x
+        return ReversibleSequence([nn.Sequential(*modules)], activations)(x)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a network that has a value of `activations` of its own: a layer of a sequence, a stem or a tail.
+
+    Attributes:
+        name: in the network, such as "layer1.0" or "stem".
+        owner: the sequence, or the network that has the stem or tail.
+        index: of the layer in its sequence; None for a stem or tail.
+    """
+
+    name: str
+    owner: ReversibleSequence | Switched
+    index: int | None = None
+
+    def modules(self) -> list[nn.Module]:
+        """The layer, or the children that make up the stem or tail."""
+        if isinstance(self.owner, ReversibleSequence):
+            return [self.owner[self.index]]
+        return [getattr(self.owner, name) for name in getattr(self.owner, self._end)]
+
+    def value(self) -> str:
+        """What is done there: a single value of the sequence is resolved for the layer."""
+        if isinstance(self.owner, ReversibleSequence):
+            assert self.index is not None
+            return self.owner.plan()[self.index]
+        return "store" if getattr(self.owner, f"{self._end}_activations") == "store" else "recompute"
+
+    def set_end(self, value: str) -> None:
+        """Sets the value of a stem or tail."""
+        setattr(self.owner, f"{self._end}_activations", value)
+
+    @property
+    def _end(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+def slots(module: nn.Module) -> list[Slot]:
+    """The places of a network that a plan has values for: each sequence's layers, between a stem and a tail.
+
+    In the order in which the network registers its parts, which is that of its forward pass in any network that is
+    written so.
+    """
+    return list(_slots(module, "", set()))
+
+
+def _slots(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Slot]:
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, ReversibleSequence):
+        for index in range(len(module)):
+            yield Slot(f"{prefix}{index}", module, index)
+    if isinstance(module, Switched) and module.stem:
+        yield Slot(f"{prefix}stem", module)
+    for name, child in module.named_children():
+        yield from _slots(child, f"{prefix}{name}.", seen)
+    if isinstance(module, Switched) and module.tail:
+        yield Slot(f"{prefix}tail", module)
 
 
 def set_activations(module: nn.Module, activations: Activations) -> None:
-    """Sets what becomes of the activations in every sequence of a live network.
+    """Sets what becomes of the activations in every sequence of a live network, and in its stem and tail.
 
     Args:
         module: a network or a sequence.
-        activations: "store", "recompute" or "reconstruct" for all its parts (a stem or tail outside the sequences
-            included); or a plan, one value for each layer of its sequences in the order of `module.modules()`.
+        activations: "store", "recompute" or "reconstruct" for everything; or a plan, one value for each of
+            `slots(module)`. Stem and tail have no inverse: a plan gives them "store" or "recompute".
 
     Raises:
         ValueError: the module has no sequence, an unknown value, a plan of the wrong length or that asks a layer
@@ -39,21 +121,36 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
         >>> network = revnet38(num_classes=10)
         >>> set_activations(network, "recompute")
     """
-    sequences = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
+    found = slots(module)
+    sequences = list(dict.fromkeys(slot.owner for slot in found if isinstance(slot.owner, ReversibleSequence)))
     if not sequences:
         raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
+    ends = [slot for slot in found if not isinstance(slot.owner, ReversibleSequence)]
     if isinstance(activations, str):
         checked_value(activations)
-        for part in module.modules():
-            if isinstance(part, ReversibleSequence | Switched):
-                part.activations = activations
+        for sequence in sequences:
+            sequence.activations = activations
+        for slot in ends:
+            slot.set_end(activations)
         return
-    plan, total = tuple(activations), sum(map(len, sequences))
-    if len(plan) != total:
+    values = tuple(activations)
+    if len(values) != len(found):
         raise ValueError(
-            f"activations: a plan needs one value for each layer; got {len(plan)} values for {total} layers"
+            f"activations: a plan needs one value for each layer{', stem and tail included' if ends else ''}; got "
+            f"{len(values)} values for {len(found)}"
         )
-    starts = [0, *accumulate(map(len, sequences))]
-    shares = [s.checked(plan[a:b]) for s, (a, b) in zip(sequences, pairwise(starts), strict=True)]
-    for sequence, share in zip(sequences, shares, strict=True):
+    shares: dict[ReversibleSequence, list[str]] = {sequence: [] for sequence in sequences}
+    for slot, value in zip(found, values, strict=True):
+        if isinstance(slot.owner, ReversibleSequence):
+            shares[slot.owner].append(value)
+        elif checked_value(value) == "reconstruct":
+            raise ValueError(
+                f'activations: the plan asks {slot.name} to reconstruct, but it has no inverse; give it "recompute" or '
+                f'"store"'
+            )
+    checked = [(sequence, sequence.checked(share)) for sequence, share in shares.items()]
+    for sequence, share in checked:
         sequence.activations = share
+    for slot, value in zip(found, values, strict=True):
+        if slot in ends:
+            slot.set_end(value)

@@ -6,6 +6,7 @@ from revnet.training.checkpoints import load_weights, read_checkpoint
 from revnet.training.classifier import Classifier
 from revnet.training.drift_guard import DriftGuard
 from revnet.training.environment import environment
+from revnet.training.memory_budget import spend_memory
 from revnet.training.monitor import TrainingMonitor
 from revnet.training.parameter_groups import parameter_groups
 from revnet.training.schedules import constant_rate, one_cycle, step_decay, warmup_cosine
@@ -20,6 +21,7 @@ __all__ = [
     "constant_rate",
     "TrainingMonitor",
     "DriftGuard",
+    "spend_memory",
     "read_checkpoint",
     "load_weights",
     "print_summary",

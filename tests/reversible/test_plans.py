@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from revnet import ReversibleSequence, set_activations
-from revnet.reversible import Merge, Split
+from revnet.profiling import measure_memory
+from revnet.reversible import Merge, Split, Switched, slots
 from tests.reversible.networks import EXACT, Transition, blocks, same, sequence, step
 
 
@@ -52,6 +53,57 @@ def test_set_activations_switches_values_and_distributes_plans():
     set_activations(net, ["store", "reconstruct", "store"] + ["recompute"] * 4)
     assert net[0].activations == ("store", "reconstruct", "store")
     assert net[2].activations == ("recompute",) * 4
+
+
+class Network(Switched):
+    stem, tail = ("conv",), ("act", "norm")
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.norm = nn.Conv2d(8, 8, 1), nn.Sequential(nn.Tanh(), nn.Sigmoid()), nn.BatchNorm2d(8)
+        self.body = sequence("store", 1)
+
+    def forward(self, x):
+        return self.run_tail(self.body(self.run_stem(x)))
+
+
+def test_the_slots_of_a_network_are_its_layers_between_stem_and_tail():
+    net = nn.Sequential(nn.Identity(), Network())
+    assert [slot.name for slot in slots(net)] == ["1.stem", "1.body.0", "1.body.1", "1.body.2", "1.tail"]
+    assert [slot.modules() for slot in slots(net)][:2] == [[net[1].conv], [net[1].body[0]]]
+    assert slots(net)[-1].modules() == [net[1].act, net[1].norm]
+    set_activations(net, "reconstruct")
+    assert [slot.value() for slot in slots(net)] == ["recompute", *["reconstruct"] * 3, "recompute"]
+    plan = ["store", "reconstruct", "recompute", "store", "recompute"]
+    set_activations(net, plan)
+    assert [slot.value() for slot in slots(net)] == plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (["store"] * 3, "one value for each layer, stem and tail included; got 3 values for 5"),
+        (["reconstruct"] + ["store"] * 4, 'asks 1.stem to reconstruct, but it has no inverse; give it "recompute"'),
+        (["store"] * 4 + ["twice"], "activations must be one of 'store', 'recompute', 'reconstruct'; got 'twice'"),
+    ],
+)
+def test_a_plan_that_does_not_fit_a_network_changes_nothing(plan, message):
+    net = nn.Sequential(nn.Identity(), Network())
+    with pytest.raises(ValueError, match=message):
+        set_activations(net, plan)
+    assert {slot.value() for slot in slots(net)} == {"store"}
+
+
+def test_a_stem_and_a_tail_keep_no_more_than_their_input():
+    net, x = Network().double(), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    kept = {}
+    for ends in ("store", "recompute"):
+        set_activations(net, [ends, *["store"] * 3, ends])
+        kept[ends] = measure_memory(net, x).kept
+    statistics = 2 * 8 * 8
+    assert (
+        kept["store"] - kept["recompute"] == x.nbytes + statistics
+    )  # the output of the tanh (the sigmoid's is for the input), what the norm saved
 
 
 def test_a_plan_that_fails_leaves_every_sequence_as_it_was():
