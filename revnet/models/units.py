@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet.models.branches import BasicBranch, BottleneckBranch, subsample
+from revnet.reversible import split_halves
 
 __all__ = ["Branch", "PointwiseShortcut", "PoolPadShortcut", "ResidualUnit", "TransitionUnit", "shortcut"]
 
@@ -94,7 +95,7 @@ class TransitionUnit(nn.Module):
         self.shortcut2 = shortcut(branch, before, after, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x1, x2 = x.chunk(2, dim=1)
-        y1 = self.shortcut1(x1)  # a view will do: no more than pooled or subsampled values of it are kept
-        x2 = x2.clone()  # dense, for the normalisation
+        x1, x2 = split_halves(x)
+        y1 = self.shortcut1(x1)
+        del x1  # goes here, unless the shortcut keeps it
         return y1 + self.f(x2), self.shortcut2(x2)

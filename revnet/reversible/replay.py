@@ -133,15 +133,8 @@ class Replay:
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
             grads.clear()
             del output, log_det
-            roots: list[tuple[Any, Tensor | None]] = [pair for pair in outputs if pair[1] is None]
-            given = [pair for pair in outputs if pair[1] is not None and pair[0] is not None and pair[0].requires_grad]
+            roots = _handed_over(outputs)
             del outputs
-            if given:
-                found, cotangents = map(list, zip(*given, strict=True))
-                with torch.enable_grad():
-                    root = _Handover.apply(cotangents, *found)
-                roots.append((root, torch.empty_like(root)))
-                del given, found, root
             grads.extend(self._product(evaluation, roots, leaves, aliases))
 
     def _compare(self, module: nn.Module, evaluation: Evaluation, result: State) -> None:
@@ -196,11 +189,23 @@ class Replay:
         return products
 
 
-class _Handover(torch.autograd.Function):
-    """A root of the graph that hands over the gradients of the outputs and forgets them: they are freed once used.
+def _handed_over(outputs: list[tuple[Any, Tensor | None]]) -> list[tuple[Any, Tensor | None]]:
+    """One root in place of the outputs that have gradients, which nobody holds any longer once they have been used.
 
-    Gradients that are given to `torch.autograd.grad` are held by it to the end.
+    `torch.autograd.grad` itself holds the gradients that it is given to the end.
     """
+    roots = [(output, gradient) for output, gradient in outputs if gradient is None]
+    given = [(output, g) for output, g in outputs if g is not None and output is not None and output.requires_grad]
+    if given:
+        found, gradients = map(list, zip(*given, strict=True))
+        with torch.enable_grad():
+            root = _Handover.apply(gradients, *found)
+        roots.append((root, torch.empty_like(root)))
+    return roots
+
+
+class _Handover(torch.autograd.Function):
+    """An empty tensor whose backward pass hands over the gradients of the outputs, and forgets them."""
 
     @staticmethod
     def forward(ctx: Any, cotangents: list[Tensor], *outputs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revnet.reversible.coupling import Coupling
+from revnet.reversible.coupling import AdditiveCoupling, Coupling
 from revnet.reversible.evaluation import Autocast
 from revnet.reversible.function import apply_run
 from revnet.reversible.grid import check_dtype
@@ -145,8 +145,9 @@ class ReversibleSequence(nn.ModuleList):
         """What is done for each layer.
 
         A plan is followed to the letter. Under a single value layers without an inverse are recomputed instead of
-        reconstructed, and `Split` and `Merge` reconstructed instead of recomputed: undoing them is exact and costs no
-        more than doing them again, so their input need not be kept.
+        reconstructed. Three kinds of layers are reconstructed instead of recomputed, where undoing is exact and costs
+        no more than doing it again, so that their input need not be kept: `Split`, `Merge`, and an `AdditiveCoupling`
+        right behind a layer without an inverse, since of its input only the half that it leaves alone is used again.
         """
         if not isinstance(self._activations, str):
             return tuple(self.checked(self._activations))
@@ -154,7 +155,11 @@ class ReversibleSequence(nn.ModuleList):
             return ("store",) * len(self)
         undone: Iterable[bool] = map(is_invertible, self)
         if self._activations == "recompute":
-            undone = (isinstance(layer, Split | Merge) for layer in self)
+            undone = (
+                isinstance(layer, Split | Merge)
+                or (isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before))
+                for before, layer in zip([None, *self], self, strict=False)
+            )
         return tuple("reconstruct" if yes else "recompute" for yes in undone)
 
     def forward(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:

@@ -137,7 +137,7 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
     if len(values) != len(found):
         raise ValueError(
             f"activations: a plan needs one value for each layer{', stem and tail included' if ends else ''}; got "
-            f"{len(values)} values for {len(found)}"
+            f"{len(values)} values for {len(found)} layers"
         )
     shares: dict[ReversibleSequence, list[str]] = {sequence: [] for sequence in sequences}
     for slot, value in zip(found, values, strict=True):

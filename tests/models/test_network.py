@@ -7,6 +7,7 @@ from revnet import ReversibleSequence, set_activations
 from revnet.models import get_model, list_models, revnet38, revnet56
 from revnet.models.units import PoolPadShortcut
 from revnet.profiling import MemoryTimeline, measure_memory
+from revnet.reversible import slots
 from tests.reversible.networks import relative, step
 
 SMALL = ["resnet32", "revnet38", "resnet164", "revnet164"]
@@ -66,14 +67,14 @@ def test_peak_of_a_revnet_is_a_tenth_of_ordinary_backpropagation():
 
 def test_default_activations_and_the_switch():
     network = get_model("revnet38")
-    assert network.activations == "reconstruct"
-    assert get_model("resnet32").activations == "store"
+    assert network.layer1.activations == network.stem_activations == "reconstruct"
+    assert {slot.value() for slot in slots(get_model("resnet32"))} == {"store"}
     assert get_model("revnet38", activations="recompute").layer2.activations == "recompute"
     set_activations(network, "store")
     sequences = [m for m in network.modules() if isinstance(m, ReversibleSequence)]
     assert len(sequences) == 3
     assert {m.activations for m in sequences} == {"store"}
-    assert network.activations == "store"
+    assert {slot.value() for slot in slots(network)} == {"store"}
 
 
 @pytest.mark.parametrize("size", [(4, 4), (33, 21), (7, 40)])
