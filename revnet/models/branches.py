@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-__all__ = ["BasicBranch", "BottleneckBranch", "conv1x1", "conv3x3", "norm", "subsample"]
+__all__ = ["BasicBranch", "BottleneckBranch", "as_convolved", "conv1x1", "conv3x3", "norm", "subsample"]
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -26,6 +27,18 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 def subsample(x: Tensor, stride: int) -> Tensor:
     """Every `stride`-th pixel, a view: all that a 1x1 convolution of that stride reads of `x`."""
     return x[..., ::stride, ::stride]
+
+
+def as_convolved(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast gives convolutions; as it is elsewhere.
+
+    Ahead of a ReLU, which commutes with rounding: it then keeps what the convolution reads, and nothing besides. The
+    residual stream, and so what the normalisation of a branch returns, is fp32 under autocast.
+    """
+    kind = x.device.type
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 class BasicBranch(nn.Module):
@@ -52,7 +65,7 @@ class BasicBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
-            x = self.relu(self.bn1(x))
+            x = self.relu(as_convolved(self.bn1(x)))
         x = self.conv1(x)
         return self.conv2(self.relu(self.bn2(x)))
 
@@ -86,7 +99,7 @@ class BottleneckBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
             # The pixels that the convolution passes over are dropped ahead of the ReLU, which then keeps so much less.
-            x = self.bn1(x)
+            x = as_convolved(self.bn1(x))
             x = self.relu(x) if self.stride == 1 else relu(subsample(x, self.stride))
         else:
             x = subsample(x, self.stride)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
-from revnet.models.branches import BottleneckBranch
+from revnet.models.branches import BasicBranch, BottleneckBranch
+from revnet.profiling import MemoryTimeline
 
 
 @pytest.mark.parametrize("preactivate", [True, False])
@@ -20,3 +21,23 @@ def test_subsampling_ahead_of_a_pointwise_convolution_is_its_stride(preactivate)
     weights = torch.randn_like(y)
     found, wanted = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected))
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("branch", [BasicBranch, BottleneckBranch])
+def test_under_autocast_the_first_relu_keeps_what_the_convolution_reads(branch, monkeypatch):
+    module, x = branch(16, 16), torch.randn(2, 16, 8, 8)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        with MemoryTimeline([leaf, *module.parameters(), *module.buffers()]) as timeline:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = module(leaf)
+            kept = timeline.live()
+        return kept, y, torch.autograd.grad(y.float().square().sum(), [leaf, *module.parameters()])
+
+    lean, y, gradients = run()
+    monkeypatch.setattr("revnet.models.branches.as_convolved", lambda x: x)
+    plain, expected, wanted = run()
+    assert plain - lean == x.nbytes
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
