@@ -41,7 +41,7 @@ from peers_contestants import EXACT, FORWARD, Contestant, contestants, ours
 from peers_report import CELL, by_cell, report
 from recording import allocator_keeps_memory, record, resumed
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from revnet import ReversibleBlock
 from revnet.models.branches import BasicBranch
@@ -75,22 +75,26 @@ class ResizeTimeline(MemoryTimeline):
         super().__exit__(*error)
 
 
-def peak_and_gradients(contestant: Contestant, x: Tensor, cotangent: Tensor) -> tuple[int, Tensor]:
-    """Peak of a step in bytes, and all its gradients as one vector."""
-    contestant.clear(x)
-    parameters = contestant.parameters()
+def peak_of(step: Callable[[], Any], x: Tensor, module: nn.Module) -> int:
+    """Most bytes live at once in a step, but for the gradients of the parameters, which are None before it."""
+    parameters = list(module.parameters())
     if x.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        contestant.step(x, cotangent)
+        step()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before - sum(p.grad.nbytes for p in parameters if p.grad is not None)
-    else:
-        with ResizeTimeline([*parameters, *contestant.module.buffers(), x]) as timeline:
-            contestant.step(x, cotangent)
-        peak = timeline.peak(without=[p.grad for p in parameters if p.grad is not None])
-    return peak, torch.cat([t.grad.flatten() for t in (x, *parameters) if t.grad is not None])
+        return torch.cuda.max_memory_allocated() - before - sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    with ResizeTimeline([*parameters, *module.buffers(), x]) as timeline:
+        step()
+    return timeline.peak(without=[p.grad for p in parameters if p.grad is not None])
+
+
+def peak_and_gradients(contestant: Contestant, x: Tensor, cotangent: Tensor) -> tuple[int, Tensor]:
+    """Peak of a step in bytes, and all its gradients as one vector."""
+    contestant.clear(x)
+    peak = peak_of(partial(contestant.step, x, cotangent), x, contestant.module)
+    return peak, torch.cat([t.grad.flatten() for t in (x, *contestant.parameters()) if t.grad is not None])
 
 
 def measure_cell(cell: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:

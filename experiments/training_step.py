@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,15 @@ class PlainLoop(nn.Module):
                 state, blocks = first(x), [second, *blocks]
             else:
                 state = self.run(unit, [first, second], (x,))
-            for block in blocks:
-                state = self.run(unit, [block], state)
-            x = torch.cat(state, 1)
+            x = self.run_blocks(name, blocks, state)
         x = self.run(lambda x: net.avgpool(net.relu(net.norm(x))), x)
         return net.fc(x.flatten(1))
+
+    def run_blocks(self, stage: str, blocks: Sequence[nn.Module], state: tuple[Tensor, ...]) -> Tensor:
+        """The output of a stage from the halves behind its transition."""
+        for block in blocks:
+            state = self.run(unit, [block], state)
+        return torch.cat(state, 1)
 
 
 def main() -> None:

@@ -48,7 +48,11 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: {error.message.partition(chr(10))[0]}"
     if isinstance(error, HydraException):
-        return _unknown_key(error.__cause__) or " ".join(f"{error} {error.__cause__ or ''}".split())
+        return (
+            _unknown_key(error.__cause__)
+            or _unknown_group(line)
+            or " ".join(f"{error} {error.__cause__ or ''}".split())
+        )
     if isinstance(error, OmegaConfBaseException) or type(error).__name__ == "MisconfigurationException":
         return line
     if isinstance(error, OSError) and error.filename is not None:
@@ -87,6 +91,14 @@ def _unknown_key(cause: BaseException | None) -> str | None:
     if key in names:
         return None
     return f"unknown key {cause.full_key!r}; {_valid(key, names)} (a new key is added by +{cause.full_key}=VALUE)"
+
+
+def _unknown_group(line: str) -> str | None:
+    found = re.match(r"In '(.+)/(.+)': Could not override '(\w+)'\. No match in the defaults list", line)
+    if found is None:
+        return None
+    group, option, missing = found.groups()
+    return f"{group}={option} is for another command: it chooses {missing}, a group that this one does not have"
 
 
 def _raised_on_purpose(error: BaseException) -> bool:

@@ -31,7 +31,8 @@ class ReportSweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Count the cells, and see what tells them apart."""
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        overrides = parser.parse_overrides([*config.hydra.overrides.task])
+        params = (config.hydra.sweeper.get("params") or {}).items()  # those of an experiment
+        overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params), *config.hydra.overrides.task])
         values = {o.get_key_element(): [*o.sweep_string_iterator()] for o in overrides if o.is_discrete_sweep()}
         self.cells, self.keys = prod(map(len, values.values())), [*values]
 

@@ -1,5 +1,6 @@
 """Every option of every group, and every experiment, makes what it says."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
@@ -19,6 +22,7 @@ from tests.commands import invoke
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment")
+PROFILED = ("memory_vs_speed",)  # the experiments for revnet-profile; the others are recipes for revnet-train
 ABSENT = ("trainer.accelerator=cpu", "trainer.devices=1")  # the devices that a trainer asks for may not be there
 make = partial(instantiate, _convert_="all")
 
@@ -128,8 +132,8 @@ def test_the_engine_s_thresholds_of_drift_hold_unless_others_are_given() -> None
     assert make(compose("train", "callbacks.drift.fall_back_above=1e-9").callbacks.drift).fall_back_above == 1e-9
 
 
-@pytest.mark.parametrize("option", options("experiment"))
-def test_experiment(option: str, image_folder: Path) -> None:
+@pytest.mark.parametrize("option", sorted(set(options("experiment")) - set(PROFILED)))
+def test_recipe(option: str, image_folder: Path) -> None:
     cfg = compose("train", f"experiment={option}", *ABSENT)
     if "root" in cfg.data:
         cfg.data.root = str(image_folder)
@@ -144,6 +148,36 @@ def test_experiment(option: str, image_folder: Path) -> None:
     assert cfg.run_dir.startswith(f"runs/{cfg.name}/")
     assert classifier.config == OmegaConf.to_container(cfg)
     assert classifier.config["model"]["num_classes"] == data.num_classes
+
+
+@pytest.mark.parametrize("option", PROFILED)
+def test_profiled_experiment(option: str) -> None:
+    known = compose("profile").keys()
+    cfg = compose("profile", f"experiment={option}")
+    hydra = HydraConfig.get()
+    assert cfg.keys() == known
+    assert hydra.mode == RunMode.MULTIRUN
+    assert hydra.runtime.choices.experiment == option
+    for key, values in hydra.sweeper.params.items():
+        assert "," in values
+        for value in values.split(","):
+            cell = compose("profile", f"experiment={option}", f"{key}={value}")
+            if key == "model":
+                with torch.device("meta"):
+                    assert isinstance(make(cell.model, num_classes=7), nn.Module)
+            else:
+                assert str(cell[key]) == value
+
+
+@pytest.mark.parametrize("option", PROFILED)
+def test_a_profiled_experiment_is_no_recipe(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+    assert invoke(command("train")(lambda cfg: seen.append(cfg)), f"experiment={option}") == 2
+    assert seen == []
+    assert re.fullmatch(r"revnet-train: unknown key 'activations'; .+\n", capsys.readouterr().err)
 
 
 NETWORKS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")

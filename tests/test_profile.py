@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,26 @@ def test_cells_that_fail_do_not_stop_a_sweep(capsys: pytest.CaptureFixture, tmp_
     assert "\n" not in killed["reason"] + useless["reason"]
     assert [read(f"sweep/{number}/result.json") for number in range(3)] == [killed, useless, revnet]
     assert {"report.html", "results.csv", "memory.png"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
+
+
+def test_an_experiment_lays_down_a_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    swept = ("model='resnet32,revnet38'", "activations=store", "batch_size='2'")
+    options = ("mode=estimate", "hydra.sweep.dir=sweep", *(f"hydra.sweeper.params.{values}" for values in swept))
+    assert profile("experiment=memory_vs_speed", *options) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("cell 1 of 2: model=resnet32: memory ")
+    assert second.startswith("cell 2 of 2: model=revnet38: memory ")
+    assert [cell["config"]["batch_size"] for cell in read("sweep/results.json")] == [2, 2]
+    assert (tmp_path / "sweep/report.html").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["cifar10_fast", "cifar10_revnet38_paper"])
+def test_a_recipe_of_a_training_is_refused_in_one_line(recipe: str, capsys: pytest.CaptureFixture) -> None:
+    assert profile(f"experiment={recipe}") == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"revnet-profile: experiment=cifar10_\w+ is for another command: it chooses scheduler, .+\n", error
+    )
 
 
 def test_an_interrupted_sweep_keeps_what_was_measured(tmp_path: Path) -> None:
