@@ -14,26 +14,22 @@ from typing import Any
 
 import torch
 
+from revnet.profiling import KEEP_FREED_MEMORY
+
 __all__ = ["RESULTS", "ROOT", "allocator_keeps_memory", "hardware", "record", "result_path", "resumed"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 
-KEEP = {"MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_MMAP_THRESHOLD_": "17179869184"}
-
 
 def allocator_keeps_memory() -> None:
-    """Starts the script again with an allocator that keeps what it freed, unless it runs so already.
-
-    By default glibc gives large blocks back to the system and faults them in again at the next step, which makes
-    whatever stores much look slow.
-    """
+    """Starts the script again with `KEEP_FREED_MEMORY`, unless it runs so already."""
     import os
 
-    if all(os.environ.get(name) == value for name, value in KEEP.items()):
+    if all(os.environ.get(name) == value for name, value in KEEP_FREED_MEMORY.items()):
         return
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
 
 
 def _cpu() -> str:

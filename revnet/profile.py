@@ -17,13 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from revnet.cli import command
 from revnet.mistakes import leave
+from revnet.profiling import KEEP_FREED_MEMORY
 from revnet.report import end_sweep, print_cell
 
 __all__ = ["profile", "main"]
-
-# Otherwise glibc gives large blocks back to the system and faults them in again at the next step, which makes whatever
-# stores much look slow.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_MMAP_THRESHOLD_": "17179869184"}
 
 
 def profile(cfg: DictConfig) -> dict[str, Any]:
@@ -41,7 +38,7 @@ def profile(cfg: DictConfig) -> dict[str, Any]:
         input=json.dumps(OmegaConf.to_container(cfg, resolve=True)),
         capture_output=True,
         text=True,
-        env={**os.environ, **ALLOCATOR},
+        env={**os.environ, **KEEP_FREED_MEMORY},
         start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the other
     )
     if child.returncode == -signal.SIGKILL:

@@ -32,7 +32,7 @@ LAYERS = {
     "revnet.cli": {"revnet.mistakes", "hydra", "omegaconf"},
     "revnet.train": COMMAND,
     "revnet.evaluate": COMMAND | {"revnet.train"},
-    "revnet.profile": COMMAND | {"revnet.mistakes", "revnet.report"},
+    "revnet.profile": COMMAND | {"revnet.mistakes", "revnet.profiling", "revnet.report"},
     "revnet.profile_cell": {"revnet.mistakes", "revnet.profiling", "revnet.reversible", "hydra", "omegaconf", "torch"},
     "revnet.profile_sweep": {"revnet.mistakes", "revnet.report", "hydra", "omegaconf", "rich"},
 }

@@ -1,5 +1,6 @@
 """Instruments: memory and time of any module's training step, measured and estimated."""
 
+from revnet.profiling.allocator import KEEP_FREED_MEMORY
 from revnet.profiling.budget import max_batch, parse_bytes
 from revnet.profiling.estimate import estimate
 from revnet.profiling.measure import measure, measure_memory, measure_time
@@ -10,6 +11,7 @@ from revnet.profiling.resident import measure_resident
 from revnet.profiling.timeline import MemoryTimeline
 
 __all__ = [
+    "KEEP_FREED_MEMORY",
     "Measurement",
     "Memory",
     "MemoryTimeline",

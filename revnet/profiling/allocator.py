@@ -1,4 +1,4 @@
-"""What the CUDA allocator took, and its record for PyTorch's memory viewer."""
+"""The allocators: settings under which times on a CPU can be compared, and what the one of CUDA took."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Allocator", "recorded"]
+__all__ = ["KEEP_FREED_MEMORY", "Allocator", "recorded"]
+
+# Environment of a process whose glibc keeps what was freed. Otherwise it gives large blocks back to the system and
+# faults them in again at the next step, which makes whatever stores much look slow.
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_MMAP_THRESHOLD_": "17179869184"}
 
 
 class Allocator:

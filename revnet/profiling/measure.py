@@ -74,9 +74,8 @@ def measure_time(
 ) -> Time:
     """Wall time of a training step, the median of `repeats` after `warmup` unmeasured ones.
 
-    To compare two models, interleave calls with `repeats=1`: machines drift. On a CPU set the allocator to keep
-    the memory it freed (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ high), or what saves memory looks faster than
-    it is.
+    To compare two models, interleave calls with `repeats=1`: machines drift. On a CPU run the process with
+    `KEEP_FREED_MEMORY` in its environment, or what saves memory looks faster than it is.
 
     Args: as `measure_memory`; the model is left as there.
     """

@@ -194,7 +194,7 @@ def _handed_over(outputs: list[tuple[Any, Tensor | None]]) -> list[tuple[Any, Te
 
     `torch.autograd.grad` itself holds the gradients that it is given to the end.
     """
-    roots = [(output, gradient) for output, gradient in outputs if gradient is None]
+    roots: list[tuple[Any, Tensor | None]] = [(output, None) for output, gradient in outputs if gradient is None]
     given = [(output, g) for output, g in outputs if g is not None and output is not None and output.requires_grad]
     if given:
         found, gradients = map(list, zip(*given, strict=True))
