@@ -248,13 +248,13 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axes.scatter(*zip(*shown, strict=True), color=colour, zorder=2)
     for row in rows:
         place, colour = (row["peak_bytes"] / 1e6, row["over_store"]), COLOURS[row["kind"]]
-        beside = -6 if row["contestant"].startswith("store") else 6
+        left, above = row in best, row not in best or row["kind"] == "plan"
         axes.annotate(
             row["contestant"],
             place,
-            (beside, -10 if row["contestant"].endswith("exact") else 4),
+            (-6 if left else 6, 4 if above else -11),
             textcoords="offset points",
-            ha="right" if beside < 0 else "left",
+            ha="right" if left else "left",
             fontsize=8,
             color=colour,
         )
@@ -262,7 +262,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.margins(0.12)
+    axes.margins(x=0.18, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.suptitle(title)
