@@ -22,7 +22,7 @@ from tests.commands import invoke
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment")
-PROFILED = ("memory_vs_speed", "resolution")  # the experiments for revnet-profile; the others are recipes for revnet-train
+PROFILED = ("memory_vs_speed", "resolution")  # for revnet-profile; the others are recipes for revnet-train
 ABSENT = ("trainer.accelerator=cpu", "trainer.devices=1")  # the devices that a trainer asks for may not be there
 make = partial(instantiate, _convert_="all")
 
