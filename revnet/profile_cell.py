@@ -47,6 +47,7 @@ def profile_cell(cfg: DictConfig) -> dict[str, Any]:
     device = _device(cfg.device)
     shape, num_classes = _images(cfg)
     model = _network(cfg, num_classes).to(device)
+    shape = shape or _usual_images(cfg, model)
     dtype = None if cfg.dtype == "float32" else getattr(torch, cfg.dtype)
     options: dict[str, Any] = {"dtype": dtype, "optimizer": instantiate(cfg.get("optimizer"), _convert_="all")}
     if cfg.mode == "estimate":
@@ -95,14 +96,22 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _images(cfg: DictConfig) -> tuple[tuple[int, int, int], int | None]:
-    """(channels, height, width) and the number of classes; None where only the files of the data would tell."""
+def _images(cfg: DictConfig) -> tuple[tuple[int, int, int] | None, int | None]:
+    """(channels, height, width) and the number of classes; None where no data says so."""
+    if cfg.get("data") is None:
+        return None, None
     if "image_size" in cfg.data:  # a folder of images, which need not be there
         shape, num_classes = (3, cfg.data.image_size, cfg.data.image_size), cfg.data.num_classes
     else:
         data = instantiate(cfg.data, _convert_="all")
         shape, num_classes = data.image_shape, data.num_classes
     return shape if cfg.image_size is None else (shape[0], cfg.image_size, cfg.image_size), num_classes
+
+
+def _usual_images(cfg: DictConfig, model: nn.Module) -> tuple[int, int, int]:
+    """What a network is usually given: 32x32 if it takes images smaller than that, else 224x224."""
+    size = cfg.image_size or (32 if getattr(model, "total_stride", 32) < 32 else 224)
+    return 3, size, size
 
 
 def _network(cfg: DictConfig, num_classes: int | None) -> nn.Module:

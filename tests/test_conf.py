@@ -152,7 +152,7 @@ def test_recipe(option: str, image_folder: Path) -> None:
 
 @pytest.mark.parametrize("option", PROFILED)
 def test_profiled_experiment(option: str) -> None:
-    known = compose("profile").keys()
+    known = compose("profile", "data=cifar10").keys()
     cfg = compose("profile", f"experiment={option}")
     hydra = HydraConfig.get()
     assert cfg.keys() == known

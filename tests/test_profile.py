@@ -91,6 +91,13 @@ def test_data_need_not_be_there(data: list[str], shape: tuple[int, int, int], cl
     assert found["gradients"] == 4 * parameters
 
 
+@pytest.mark.parametrize(("model", "size"), [("revnet38", 32), ("revnet56", 224), ("resnet18", 224)])
+def test_without_data_a_network_gets_images_of_its_usual_size(model: str, size: int) -> None:
+    found = cell(f"model={model}", "mode=estimate", "batch_size=2")["memory"]
+    assert found["input"] == 2 * 4 * 3 * size * size
+    assert cell(f"model={model}", "mode=estimate", "image_size=64")["memory"]["input"] == 32 * 4 * 3 * 64 * 64
+
+
 def test_the_optimizer_counts() -> None:
     sgd, adamw = (cell(*TINY, "mode=estimate", f"optimizer={name}")["memory"] for name in ("sgd", "adamw"))
     assert sgd["optimizer"] == sgd["gradients"]
