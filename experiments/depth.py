@@ -32,6 +32,7 @@ from torch import Tensor
 from revnet import ReversibleSequence, set_activations
 from revnet.models import RevNet
 from revnet.models.branches import BasicBranch
+from revnet.models.paper import table_1
 from revnet.profiling import measure_memory, measure_time
 
 matplotlib.use("agg")
@@ -45,7 +46,7 @@ PEAK_LIMIT, TIME_LIMIT = 1.1, 0.1
 def measure_depth(layers: int, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     units = (layers - 2) // 12
-    network = RevNet(BasicBranch, (units,) * 3, (32, 32, 64, 128), small_images=True, num_classes=10)
+    network = RevNet(*table_1(BasicBranch, (units,) * 3, (32, 32, 64, 128)), small_images=True, num_classes=10)
     network = network.to(options.device).to(memory_format=torch.channels_last)
     images = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -33,6 +33,7 @@ from torchvision.models import resnet50, resnet101
 
 from revnet.models import PreActResNet, RevNet, resnet110, revnet56, revnet104, revnet110
 from revnet.models.branches import BasicBranch
+from revnet.models.paper import table_1
 from revnet.profiling import estimate, measure_memory
 
 matplotlib.use("agg")
@@ -76,8 +77,12 @@ def rows_wanted(options: argparse.Namespace) -> list[Row]:
 def of_depth(family: str, layers: int) -> nn.Module:
     """Three stages of units of 2 layers (ResNet) or 4 (RevNet)."""
     if family == "ResNet":
-        return PreActResNet(BasicBranch, ((layers - 2) // 6,) * 3, (16, 16, 32, 64), small_images=True, num_classes=10)
-    return RevNet(BasicBranch, ((layers - 2) // 12,) * 3, (32, 32, 64, 128), small_images=True, num_classes=10)
+        return PreActResNet(
+            *table_1(BasicBranch, ((layers - 2) // 6,) * 3, (16, 16, 32, 64)), small_images=True, num_classes=10
+        )
+    return RevNet(
+        *table_1(BasicBranch, ((layers - 2) // 12,) * 3, (32, 32, 64, 128)), small_images=True, num_classes=10
+    )
 
 
 def peak(row: Row, measured: bool, device: str) -> int:

@@ -31,6 +31,7 @@ from revnet import set_activations
 from revnet.cli import compose
 from revnet.models import RevNet, get_model
 from revnet.models.branches import BasicBranch
+from revnet.models.paper import table_1
 from revnet.profiling import measure_memory, measure_time
 from revnet.train import train
 
@@ -67,7 +68,7 @@ def depth_figures() -> list[dict[str, Any]]:
     rows = []
     images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     for units in track(UNITS, "memory against depth"):
-        network = RevNet(BasicBranch, (units,) * 3, (32, 32, 64, 112), small_images=True, num_classes=10)
+        network = RevNet(*table_1(BasicBranch, (units,) * 3, (32, 32, 64, 112)), small_images=True, num_classes=10)
         network.to(memory_format=torch.channels_last)
         for value in VALUES:
             set_activations(network, value)

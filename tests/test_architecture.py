@@ -22,7 +22,7 @@ COMMAND = {"revnet.cli", "revnet.reversible", "revnet.training", "hydra", "omega
 LAYERS = {
     "revnet": {"revnet.reversible"},
     "revnet.reversible": {"torch"},
-    "revnet.models": {"revnet.reversible", "torch"},
+    "revnet.models": {"revnet.reversible", "torch", "safetensors"},
     "revnet.profiling": {"revnet.reversible", "torch"},
     "revnet.data": {"torch", "torchvision", "pytorch_lightning", "numpy", "PIL", "rich", "sklearn"},
     "revnet.training": {"revnet.profiling", "revnet.reversible", "torch", "pytorch_lightning", "torchmetrics", "rich"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
@@ -14,9 +16,9 @@ def norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
     """3x3 convolution without bias that keeps the resolution at stride 1."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    return nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -51,17 +53,34 @@ class BasicBranch(nn.Module):
         stride: of the first convolution.
         preactivate: False leaves out the leading BN-ReLU, as in the very first unit of a network, whose input the stem
             has just activated.
+        width: channels between the convolutions; `out_channels` by default.
+        norm_layer: makes the normalisation of so many channels.
     """
 
     expansion = 1
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        preactivate: bool = True,
+        *,
+        width: int | None = None,
+        norm_layer: Callable[[int], nn.Module] = norm,
+    ) -> None:
         super().__init__()
-        self.bn1 = norm(in_channels) if preactivate else None
-        self.conv1 = conv3x3(in_channels, out_channels, stride)
-        self.bn2 = norm(out_channels)
-        self.conv2 = conv3x3(out_channels, out_channels)
+        width = out_channels if width is None else width
+        self.bn1 = norm_layer(in_channels) if preactivate else None
+        self.conv1 = conv3x3(in_channels, width, stride)
+        self.bn2 = norm_layer(width)
+        self.conv2 = conv3x3(width, out_channels)
         self.relu = nn.ReLU(inplace=True)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The last convolution: a branch whose last weights are zero is zero."""
+        return self.conv2
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
@@ -71,30 +90,51 @@ class BasicBranch(nn.Module):
 
 
 class BottleneckBranch(nn.Module):
-    """BN-ReLU-1x1, BN-ReLU-3x3, BN-ReLU-1x1 with a quarter of the output's channels in between.
+    """BN-ReLU-1x1, BN-ReLU-3x3, BN-ReLU-1x1.
 
-    Source: He et al. 2016 (Identity Mappings in Deep Residual Networks), figure 4e; the stride is on the first
-    convolution as in the published code of Gomez et al. 2017.
+    Source: He et al. 2016 (Identity Mappings in Deep Residual Networks), figure 4e; grouped: Xie et al. 2017
+    (Aggregated Residual Transformations).
 
     Args:
         in_channels, out_channels: channels before and after.
-        stride: of the first convolution, taken as `subsample` in front of it.
+        stride: of the first convolution, taken as `subsample` in front of it, as in the published code of Gomez et al.
+            2017; or of the 3x3 convolution with `stride_in_3x3`, as in torchvision's ResNets.
         preactivate: False leaves out the leading BN-ReLU, as in the very first unit of a network.
+        width: channels of the 3x3 convolution; a quarter of `out_channels` by default.
+        groups, dilation: of the 3x3 convolution.
+        norm_layer: makes the normalisation of so many channels.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        preactivate: bool = True,
+        *,
+        width: int | None = None,
+        groups: int = 1,
+        dilation: int = 1,
+        stride_in_3x3: bool = False,
+        norm_layer: Callable[[int], nn.Module] = norm,
+    ) -> None:
         super().__init__()
-        width = out_channels // self.expansion
-        self.bn1 = norm(in_channels) if preactivate else None
-        self.stride = stride
+        width = out_channels // self.expansion if width is None else width
+        self.bn1 = norm_layer(in_channels) if preactivate else None
+        self.stride = 1 if stride_in_3x3 else stride
         self.conv1 = conv1x1(in_channels, width)
-        self.bn2 = norm(width)
-        self.conv2 = conv3x3(width, width)
-        self.bn3 = norm(width)
+        self.bn2 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, stride if stride_in_3x3 else 1, dilation, groups)
+        self.bn3 = norm_layer(width)
         self.conv3 = conv1x1(width, out_channels)
         self.relu = nn.ReLU(inplace=True)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The last convolution: a branch whose last weights are zero is zero."""
+        return self.conv3
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:

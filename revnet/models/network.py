@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from revnet.models.branches import norm
-from revnet.models.units import Branch, ResidualUnit, TransitionUnit
+from revnet.models.units import ResidualUnit, Stage, TransitionUnit
 from revnet.reversible import (
     Activations,
     AdditiveCoupling,
@@ -16,11 +17,12 @@ from revnet.reversible import (
     ReversibleBlock,
     ReversibleSequence,
     Split,
+    Squeeze,
     Switched,
     set_activations,
 )
 
-__all__ = ["PreActResNet", "RevNet"]
+__all__ = ["FullyReversibleNet", "PreActResNet", "RevNet"]
 
 
 @torch.fx.wrap
@@ -40,15 +42,15 @@ def _check_images(x: Tensor, channels: int, least: int) -> None:
 class PreActResNet(Switched):
     """A pre-activation ResNet: stem, stages of residual units, BN-ReLU, global average pooling, linear layer.
 
-    Source: He et al. 2016 (Identity Mappings in Deep Residual Networks), as configured by Gomez et al. 2017, table 1.
+    Source: He et al. 2016 (Identity Mappings in Deep Residual Networks).
 
     Args:
-        branch: `BasicBranch` or `BottleneckBranch`; the latter makes the stages 4 times as wide.
-        units: residual units of each stage.
-        widths: filters of the stem and of each stage, before the factor of the bottleneck.
+        stem: channels of the stem.
+        stages: what each stage is made of.
         small_images: a 3x3 stem of stride 1 (CIFAR) instead of 7x7 of stride 2 and max-pooling (ImageNet).
         num_classes: size of the output.
         in_channels: channels of the images.
+        norm_layer: makes the normalisation of so many channels in stem and tail.
         activations: "store", "recompute" or "reconstruct"; layers without an inverse (here all) are recomputed under
             the last. See `ReversibleSequence`.
         exact: keep the residual stream on a fixed-point grid, so that gradients are equal to the bit under all three
@@ -56,6 +58,9 @@ class PreActResNet(Switched):
 
     Input (B, in_channels, H, W), output logits (B, num_classes). Children: conv1, bn1, relu, maxpool, layer1, layer2,
     ..., norm, avgpool, fc. A stage's output is the residual stream before any activation; `norm` is the BN of the tail.
+
+    Attributes:
+        inplanes: channels of the last stage, as torchvision's detection models ask for them.
     """
 
     default_activations: Activations = "store"
@@ -65,57 +70,57 @@ class PreActResNet(Switched):
 
     def __init__(
         self,
-        branch: Branch,
-        units: Sequence[int],
-        widths: Sequence[int],
+        stem: int,
+        stages: Sequence[Stage],
         *,
         small_images: bool,
         num_classes: int,
         in_channels: int = 3,
+        norm_layer: Callable[[int], nn.Module] = norm,
         activations: Activations | None = None,
         exact: bool | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1 or in_channels < 1:
             raise ValueError(f"num_classes={num_classes}, in_channels={in_channels}: both must be at least 1")
-        stem, *stages = widths
-        if small_images:
-            self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
-            self.maxpool: nn.Module = nn.Identity()
-        else:
-            self.conv1 = nn.Conv2d(in_channels, stem, 7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.bn1 = norm(stem)
+        # In the order in which torchvision's ResNets run them, which its IntermediateLayerGetter relies on.
+        self.conv1 = (
+            nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+            if small_images
+            else nn.Conv2d(in_channels, stem, 7, stride=2, padding=3, bias=False)
+        )
+        self.bn1 = norm_layer(stem)
         self.relu = nn.ReLU(inplace=True)
-        self.stage_names = [f"layer{number}" for number in range(1, len(stages) + 1)]
-        self.total_stride = (1 if small_images else 4) * 2 ** (len(stages) - 1)
-        channels = stem
-        for name, count, width in zip(self.stage_names, units, stages, strict=True):
-            first = name == "layer1"
-            out = width * branch.expansion
-            layers = self._stage(branch, count, channels, out, stride=1 if first else 2, first=first)
-            setattr(self, name, ReversibleSequence(layers, exact=exact))
-            channels = out
-        self.norm = norm(channels)
+        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+        self.total_stride = (1 if small_images else 4) * prod(stage.stride for stage in stages)
+        sequences = self._layers(stem, stages)
+        self.stage_names = list(sequences)
+        for name, layers in sequences.items():
+            self.add_module(name, ReversibleSequence(layers, exact=exact))
+        self.inplanes = stages[-1].channels
+        self.norm = norm_layer(self.inplanes)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
-        self._initialise()
-        set_activations(self, self.default_activations if activations is None else activations)
-
-    def _stage(
-        self, branch: Branch, count: int, in_channels: int, out_channels: int, stride: int, first: bool
-    ) -> list[nn.Module]:
-        return [
-            ResidualUnit(branch, in_channels, out_channels, stride, preactivate=not first)
-            if index == 0
-            else ResidualUnit(branch, out_channels, out_channels)
-            for index in range(count)
-        ]
-
-    def _initialise(self) -> None:
+        self.fc = nn.Linear(self.inplanes, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        set_activations(self, self.default_activations if activations is None else activations)
+
+    def _layers(self, stem: int, stages: Sequence[Stage]) -> dict[str, list[nn.Module]]:
+        """The layers of each sequence, by name."""
+        channels = [stem, *(stage.channels for stage in stages)]
+        return {
+            f"layer{number}": self._stage(channels[number - 1], stage, first=number == 1)
+            for number, stage in enumerate(stages, 1)
+        }
+
+    def _stage(self, channels: int, stage: Stage, first: bool) -> list[nn.Module]:
+        out = stage.channels
+        shortcut = stage.shortcut(channels, out, stage.stride) if stage.is_step(channels) else nn.Identity()
+        return [
+            ResidualUnit(stage.first_branch(channels, out, preactivate=not first), shortcut),
+            *(ResidualUnit(stage.branch(out, out), nn.Identity()) for _ in range(stage.units - 1)),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.conv1.in_channels, self.total_stride)
@@ -134,24 +139,64 @@ class RevNet(PreActResNet):
 
     Source: Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), section 3 and table 1.
 
-    Args: as `PreActResNet`; all widths even.
+    Args: as `PreActResNet`; all channels even.
     """
 
     default_activations: Activations = "reconstruct"
 
-    def _stage(
-        self, branch: Branch, count: int, in_channels: int, out_channels: int, stride: int, first: bool
-    ) -> list[nn.Module]:
-        half = out_channels // 2
-        if stride == 1 and in_channels == out_channels:
+    def _stage(self, channels: int, stage: Stage, first: bool) -> list[nn.Module]:
+        before, after = channels // 2, stage.channels // 2
+        if stage.is_step(channels):
             start: list[nn.Module] = [
-                Split(),
-                ReversibleBlock(branch(half, half, preactivate=not first), branch(half, half)),
+                TransitionUnit(
+                    stage.first_branch(before, after, preactivate=not first),
+                    stage.shortcut(before, after, stage.stride),
+                    stage.shortcut(before, after, stage.stride),
+                ),
+                AdditiveCoupling(stage.branch(after, after), swap=True),
             ]
         else:
-            start = [
-                TransitionUnit(branch, in_channels, out_channels, stride, preactivate=not first),
-                AdditiveCoupling(branch(half, half), swap=True),
-            ]
-        blocks = [ReversibleBlock(branch(half, half), branch(half, half)) for _ in range(count - 1)]
-        return [*start, *blocks, Merge()]
+            f = stage.first_branch(after, after, preactivate=not first)
+            start = [Split(), ReversibleBlock(f, stage.branch(after, after))]
+        return [*start, *_blocks(stage, stage.units - 1), Merge()]
+
+
+class FullyReversibleNet(PreActResNet):
+    """A reversible residual network without transitions: resolution goes down by space-to-depth on the halves.
+
+    One sequence spans all stages, so that under `activations="reconstruct"` not even the states at the stages' borders
+    are kept, and the first state follows from the last: `net.layers.inverse(last)`. A stage of stride 2 has 4 times the
+    channels of the one before. There are no layer1, layer2, ... to tap features from; where a detection or segmentation
+    head wants them, take a `RevNet`.
+
+    Source: Jacobsen, Smeulders, Oyallon 2018 (i-RevNet: Deep Invertible Networks), section 3.
+
+    Args: as `PreActResNet`; the first stage has the channels of the stem.
+    """
+
+    default_activations: Activations = "reconstruct"
+
+    def _layers(self, stem: int, stages: Sequence[Stage]) -> dict[str, list[nn.Module]]:
+        layers: list[nn.Module] = [Split()]
+        for index, stage in enumerate(stages):
+            if stage.stride > 1:
+                layers.append(Squeeze(stage.stride))
+            layers += _blocks(stage, stage.units, preactivate=index > 0)
+        return {"layers": [*layers, Merge()]}
+
+    def __getattr__(self, name: str) -> object:
+        if name.removeprefix("layer").isdigit():
+            raise AttributeError(
+                f"{name}: a fully reversible network is one sequence, `layers`, which keeps no states at its stages' "
+                f"borders; to tap features there, build it with downsampling='strided'"
+            )
+        return super().__getattr__(name)
+
+
+def _blocks(stage: Stage, count: int, preactivate: bool = True) -> list[nn.Module]:
+    """Reversible blocks of a stage; `preactivate=False` leaves out the leading BN-ReLU of the first one's F."""
+    half = stage.channels // 2
+    return [
+        ReversibleBlock(stage.branch(half, half, preactivate=preactivate or index > 0), stage.branch(half, half))
+        for index in range(count)
+    ]

@@ -8,11 +8,13 @@ store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from revnet.models.branches import BasicBranch, BottleneckBranch
 from revnet.models.network import PreActResNet, RevNet
 from revnet.models.registry import register_model
+from revnet.models.units import PointwiseShortcut, PoolPadShortcut, Stage
 
 __all__ = [
     "preact_resnet50",
@@ -25,14 +27,33 @@ __all__ = [
     "revnet104",
     "revnet110",
     "revnet164",
+    "table_1",
 ]
+
+
+def table_1(
+    branch: type[BasicBranch] | type[BottleneckBranch], units: Sequence[int], widths: Sequence[int]
+) -> tuple[int, list[Stage]]:
+    """Channels of the stem, and the stages of a network as table 1 describes it.
+
+    Args:
+        branch: `BasicBranch` or `BottleneckBranch`; the latter makes the stages 4 times as wide.
+        units: residual units of each stage.
+        widths: filters of the stem and of each stage, before the factor of the bottleneck.
+    """
+    stem, *filters = widths
+    shortcut = PointwiseShortcut if branch is BottleneckBranch else PoolPadShortcut
+    return stem, [
+        Stage(count, branch.expansion * width, 1 if index == 0 else 2, branch, shortcut)
+        for index, (count, width) in enumerate(zip(units, filters, strict=True))
+    ]
 
 
 @register_model
 def resnet32(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
     """ResNet-32: 464,154 parameters with 10 classes."""
     return PreActResNet(
-        BasicBranch, (5, 5, 5), (16, 16, 32, 64), small_images=True, num_classes=num_classes, **arguments
+        *table_1(BasicBranch, (5, 5, 5), (16, 16, 32, 64)), small_images=True, num_classes=num_classes, **arguments
     )
 
 
@@ -40,7 +61,7 @@ def resnet32(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
 def resnet110(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
     """ResNet-110: 1,727,962 parameters with 10 classes."""
     return PreActResNet(
-        BasicBranch, (18, 18, 18), (16, 16, 32, 64), small_images=True, num_classes=num_classes, **arguments
+        *table_1(BasicBranch, (18, 18, 18), (16, 16, 32, 64)), small_images=True, num_classes=num_classes, **arguments
     )
 
 
@@ -48,9 +69,7 @@ def resnet110(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
 def resnet164(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
     """ResNet-164: 1,703,258 parameters with 10 classes."""
     return PreActResNet(
-        BottleneckBranch,
-        (18, 18, 18),
-        (16, 16, 32, 64),
+        *table_1(BottleneckBranch, (18, 18, 18), (16, 16, 32, 64)),
         small_images=True,
         num_classes=num_classes,
         **arguments,
@@ -60,22 +79,24 @@ def resnet164(*, num_classes: int = 10, **arguments: Any) -> PreActResNet:
 @register_model
 def revnet38(*, num_classes: int = 10, **arguments: Any) -> RevNet:
     """RevNet-38: 464,890 parameters with 10 classes."""
-    return RevNet(BasicBranch, (3, 3, 3), (32, 32, 64, 112), small_images=True, num_classes=num_classes, **arguments)
+    return RevNet(
+        *table_1(BasicBranch, (3, 3, 3), (32, 32, 64, 112)), small_images=True, num_classes=num_classes, **arguments
+    )
 
 
 @register_model
 def revnet110(*, num_classes: int = 10, **arguments: Any) -> RevNet:
     """RevNet-110: 1,729,194 parameters with 10 classes."""
-    return RevNet(BasicBranch, (9, 9, 9), (32, 32, 64, 128), small_images=True, num_classes=num_classes, **arguments)
+    return RevNet(
+        *table_1(BasicBranch, (9, 9, 9), (32, 32, 64, 128)), small_images=True, num_classes=num_classes, **arguments
+    )
 
 
 @register_model
 def revnet164(*, num_classes: int = 10, **arguments: Any) -> RevNet:
     """RevNet-164: 1,748,778 parameters with 10 classes."""
     return RevNet(
-        BottleneckBranch,
-        (9, 9, 9),
-        (32, 32, 64, 128),
+        *table_1(BottleneckBranch, (9, 9, 9), (32, 32, 64, 128)),
         small_images=True,
         num_classes=num_classes,
         **arguments,
@@ -86,9 +107,7 @@ def revnet164(*, num_classes: int = 10, **arguments: Any) -> RevNet:
 def preact_resnet50(*, num_classes: int = 1000, **arguments: Any) -> PreActResNet:
     """ResNet-50 in pre-activation form: 25,549,352 parameters with 1000 classes."""
     return PreActResNet(
-        BottleneckBranch,
-        (3, 4, 6, 3),
-        (64, 64, 128, 256, 512),
+        *table_1(BottleneckBranch, (3, 4, 6, 3), (64, 64, 128, 256, 512)),
         small_images=False,
         num_classes=num_classes,
         **arguments,
@@ -99,9 +118,7 @@ def preact_resnet50(*, num_classes: int = 1000, **arguments: Any) -> PreActResNe
 def preact_resnet101(*, num_classes: int = 1000, **arguments: Any) -> PreActResNet:
     """ResNet-101 in pre-activation form: 44,541,480 parameters with 1000 classes."""
     return PreActResNet(
-        BottleneckBranch,
-        (3, 4, 23, 3),
-        (64, 64, 128, 256, 512),
+        *table_1(BottleneckBranch, (3, 4, 23, 3), (64, 64, 128, 256, 512)),
         small_images=False,
         num_classes=num_classes,
         **arguments,
@@ -112,9 +129,7 @@ def preact_resnet101(*, num_classes: int = 1000, **arguments: Any) -> PreActResN
 def revnet56(*, num_classes: int = 1000, **arguments: Any) -> RevNet:
     """RevNet-56: 27,553,128 parameters with 1000 classes."""
     return RevNet(
-        BottleneckBranch,
-        (2, 2, 3, 2),
-        (128, 128, 256, 512, 832),
+        *table_1(BottleneckBranch, (2, 2, 3, 2), (128, 128, 256, 512, 832)),
         small_images=False,
         num_classes=num_classes,
         **arguments,
@@ -125,9 +140,7 @@ def revnet56(*, num_classes: int = 1000, **arguments: Any) -> RevNet:
 def revnet104(*, num_classes: int = 1000, **arguments: Any) -> RevNet:
     """RevNet-104: 45,428,072 parameters with 1000 classes."""
     return RevNet(
-        BottleneckBranch,
-        (2, 2, 11, 2),
-        (128, 128, 256, 512, 832),
+        *table_1(BottleneckBranch, (2, 2, 11, 2), (128, 128, 256, 512, 832)),
         small_images=False,
         num_classes=num_classes,
         **arguments,

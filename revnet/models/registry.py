@@ -4,20 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import wraps
+from os import PathLike
 from typing import Any, TypeVar
 
 from torch import nn
 
+from revnet.models.weights import load_weights
+
 __all__ = ["get_model", "list_models", "register_model"]
 
-Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+Network = TypeVar("Network", bound=nn.Module)
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register_model(builder: Builder) -> Builder:
-    """Decorator: makes a builder known under its own name."""
-    _BUILDERS[builder.__name__] = builder
-    return builder
+def register_model(builder: Callable[..., Network]) -> Callable[..., Network]:
+    """Decorator: makes a builder known under its own name, and gives it torchvision's `weights` and `progress`.
+
+    `weights` is a file written by `save_weights`, or None for random ones; `progress` changes nothing, as nothing is
+    downloaded. The network knows how it was made: `network.architecture` is the name and the other arguments.
+    """
+    name = builder.__name__
+
+    @wraps(builder)
+    def build(*, weights: str | PathLike[str] | None = None, progress: bool = True, **arguments: Any) -> Network:
+        network = builder(**arguments)
+        network.architecture = {"model": name, "arguments": arguments}
+        if weights is not None:
+            load_weights(network, weights)
+        return network
+
+    _BUILDERS[name] = build
+    return build
 
 
 def list_models() -> list[str]:

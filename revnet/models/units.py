@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet.models.branches import BasicBranch, BottleneckBranch, subsample
+from revnet.models.branches import subsample
 from revnet.reversible import split_halves
 
-__all__ = ["Branch", "PointwiseShortcut", "PoolPadShortcut", "ResidualUnit", "TransitionUnit", "shortcut"]
+__all__ = ["Branch", "PointwiseShortcut", "PoolPadShortcut", "ResidualUnit", "Stage", "TransitionUnit"]
 
-Branch = type[BasicBranch] | type[BottleneckBranch]
+Branch = Callable[..., nn.Module]
 
 
 class PoolPadShortcut(nn.Module):
@@ -42,13 +45,34 @@ class PointwiseShortcut(nn.Conv2d):
         return super().forward(x if self.subsampling == 1 else subsample(x, self.subsampling).clone())
 
 
-def shortcut(branch: Branch, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Identity where nothing changes; else pooling and padding (basic) or a strided 1x1 convolution (bottleneck)."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    if branch is BottleneckBranch:
-        return PointwiseShortcut(in_channels, out_channels, stride)
-    return PoolPadShortcut(in_channels, out_channels, stride)
+class Stage(NamedTuple):
+    """What a stage of a network is made of.
+
+    Attributes:
+        units: how many, the first of which changes width and resolution where they change.
+        channels: of the stage's output.
+        stride: of the first unit.
+        branch: `branch(in_channels, out_channels, stride=1, preactivate=True)` makes a residual branch.
+        shortcut: `shortcut(in_channels, out_channels, stride)` makes what takes the identity's place where width or
+            resolution change.
+        entry: makes the branch that takes that step, if it differs from `branch`.
+    """
+
+    units: int
+    channels: int
+    stride: int
+    branch: Branch
+    shortcut: Callable[[int, int, int], nn.Module]
+    entry: Branch | None = None
+
+    def first_branch(self, in_channels: int, out_channels: int, preactivate: bool) -> nn.Module:
+        """The branch that takes the step into the stage."""
+        make = self.branch if self.entry is None else self.entry
+        return make(in_channels, out_channels, self.stride, preactivate)
+
+    def is_step(self, in_channels: int) -> bool:
+        """Whether the stage changes the width `in_channels` or the resolution."""
+        return self.stride != 1 or self.channels != in_channels
 
 
 class ResidualUnit(nn.Module):
@@ -57,12 +81,10 @@ class ResidualUnit(nn.Module):
     Source: He et al. 2016 (Identity Mappings in Deep Residual Networks).
     """
 
-    def __init__(
-        self, branch: Branch, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True
-    ) -> None:
+    def __init__(self, f: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
-        self.f = branch(in_channels, out_channels, stride, preactivate)
-        self.shortcut = shortcut(branch, in_channels, out_channels, stride)
+        self.f = f
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut(x) + self.f(x)
@@ -79,20 +101,15 @@ class TransitionUnit(nn.Module):
     Source: Gomez et al. 2017 and its published code: the stride is in F and both shortcuts, G has stride 1.
 
     Args:
-        branch: `BasicBranch` or `BottleneckBranch`.
-        in_channels, out_channels: channels of both halves together, even.
-        stride: spatial stride.
-        preactivate: False leaves out the leading BN-ReLU of F in the first unit of a network.
+        f: residual branch between halves, with the stride.
+        shortcut1, shortcut2: between halves, of the same stride.
     """
 
-    def __init__(
-        self, branch: Branch, in_channels: int, out_channels: int, stride: int, preactivate: bool = True
-    ) -> None:
+    def __init__(self, f: nn.Module, shortcut1: nn.Module, shortcut2: nn.Module) -> None:
         super().__init__()
-        before, after = in_channels // 2, out_channels // 2
-        self.f = branch(before, after, stride, preactivate)
-        self.shortcut1 = shortcut(branch, before, after, stride)
-        self.shortcut2 = shortcut(branch, before, after, stride)
+        self.f = f
+        self.shortcut1 = shortcut1
+        self.shortcut2 = shortcut2
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = split_halves(x)

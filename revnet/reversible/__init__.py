@@ -3,8 +3,9 @@
 from revnet.reversible.compile import compile_branches
 from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, ReversibleBlock, Step
 from revnet.reversible.evaluation import is_recomputing
-from revnet.reversible.halves import Merge, Split, split_halves
+from revnet.reversible.halves import Merge, Rearrangement, Split, split_halves
 from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence
+from revnet.reversible.squeeze import Squeeze
 from revnet.reversible.switch import Slot, Switched, set_activations, slots
 from revnet.reversible.watch import ReconstructionError, ReconstructionWarning, Watch
 
@@ -15,16 +16,19 @@ __all__ = [
     "AffineCoupling",
     "Coupling",
     "Merge",
+    "Rearrangement",
     "ReconstructionError",
     "ReconstructionWarning",
     "ReversibleBlock",
     "ReversibleSequence",
     "Slot",
     "Split",
+    "Squeeze",
     "Step",
     "Switched",
     "Watch",
     "compile_branches",
+    "invert",
     "is_recomputing",
     "set_activations",
     "slots",

@@ -20,6 +20,11 @@ class Rule(Protocol):
 
     def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor: ...
 
+    @property
+    def inverse(self) -> Rule:
+        """The rule whose move is this one's undo, and the other way round."""
+        ...
+
 
 class Addition:
     """y = x + h; its log-determinant is exactly 0."""
@@ -31,6 +36,32 @@ class Addition:
     def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
         return torch.sub(y, h, out=out)
 
+    def gradient(self, grad: Tensor | None) -> Tensor | None:
+        """That of h, given that of y."""
+        return grad
+
+    @property
+    def inverse(self) -> Rule:
+        return SUBTRACTION
+
+
+class _Subtraction(Addition):
+    """y = x - h."""
+
+    def move(self, x: Tensor, h: Any) -> tuple[Tensor, None]:
+        _check_branch_output(h, x)
+        return x - h, None
+
+    def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
+        return torch.add(y, h, out=out)
+
+    def gradient(self, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else -grad
+
+    @property
+    def inverse(self) -> Rule:
+        return ADDITION
+
 
 class _ExactAddition(Addition):
     """y = x + h with h rounded to the fixed-point grid that x lies on: `undo` gives back every bit of x."""
@@ -41,6 +72,25 @@ class _ExactAddition(Addition):
 
     def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
         return subtract_on_grid(y, h, out)
+
+    @property
+    def inverse(self) -> Rule:
+        return EXACT_SUBTRACTION
+
+
+class _ExactSubtraction(_Subtraction):
+    """y = x - h on the grid."""
+
+    def move(self, x: Tensor, h: Any) -> tuple[Tensor, None]:
+        _check_branch_output(h, x)
+        return subtract_on_grid(x, h), None
+
+    def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
+        return add_on_grid(y, h, out)
+
+    @property
+    def inverse(self) -> Rule:
+        return EXACT_ADDITION
 
 
 class _Affine:
@@ -54,10 +104,30 @@ class _Affine:
         log_scale, shift = _log_scale_and_shift(h, y)
         return torch.mul(torch.sub(y, shift, out=out), torch.exp(-log_scale), out=out)
 
+    @property
+    def inverse(self) -> Rule:
+        return INVERSE_AFFINE
 
-ADDITION = Addition()
-EXACT_ADDITION = _ExactAddition()
-AFFINE = _Affine()
+
+class _InverseAffine:
+    """y = (x - t) * exp(-s) with h = (s, t); its log-determinant is minus the sum of s."""
+
+    def move(self, x: Tensor, h: Any) -> tuple[Tensor, Tensor]:
+        log_scale, _ = _log_scale_and_shift(h, x)
+        return AFFINE.undo(x, h), -log_scale.flatten(1).sum(1)
+
+    def undo(self, y: Tensor, h: Any, out: Tensor | None = None) -> Tensor:
+        log_scale, shift = _log_scale_and_shift(h, y)
+        return torch.add(torch.mul(y, log_scale.exp(), out=out), shift, out=out)
+
+    @property
+    def inverse(self) -> Rule:
+        return AFFINE
+
+
+ADDITION, SUBTRACTION = Addition(), _Subtraction()
+EXACT_ADDITION, EXACT_SUBTRACTION = _ExactAddition(), _ExactSubtraction()
+AFFINE, INVERSE_AFFINE = _Affine(), _InverseAffine()
 
 
 def _check_branch_output(h: Any, x: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from revnet.reversible.coupling import Coupling
 from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Autocast, Evaluation, observe, recording
-from revnet.reversible.halves import Merge, Split
+from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, on_grid
 from revnet.reversible.replay import Replay
 from revnet.reversible.run import ContextStructure, Run
@@ -85,7 +85,7 @@ class _ReversibleFunction(torch.autograd.Function):
         traces: list[_Trace] = []
         follows_known = True
         pairs = zip(job.run.layers, job.run.reconstruct, strict=True)
-        watched = any(reconstruct and not isinstance(layer, Split | Merge) for layer, reconstruct in pairs)
+        watched = any(reconstruct and not isinstance(layer, Rearrangement) for layer, reconstruct in pairs)
         for layer, reconstruct in zip(job.run.layers, job.run.reconstruct, strict=True):
             begins = Sample(state, job.run.exact) if watched and reconstruct and follows_known else None
             if not reconstruct:

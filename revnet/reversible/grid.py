@@ -53,21 +53,26 @@ def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
     return h + (_rounded(h.detach(), dtype) - h.detach())
 
 
-def add_on_grid(x: Tensor, h: Tensor) -> Tensor:
-    """x + h, with h rounded to the grid; its gradient passes straight through."""
-    return _on_grid(torch.add, x, h)
+def add_on_grid(x: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
+    """x + h, with h rounded to the grid; its gradient passes straight through.
+
+    `out` may be x itself; nothing of the size of x is then allocated.
+    """
+    return _on_grid(torch.add, x, h) if out is None else _into(out, torch.add, x, h)
 
 
 def subtract_on_grid(y: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
     """y - h, with h rounded to the grid: undoes `add_on_grid` to the bit where y is within the range.
 
-    `out` may be y itself; nothing of the size of y is then allocated.
+    `out`: as there.
     """
-    if out is None:
-        return _on_grid(torch.sub, y, h)
-    pieces = min(PIECES, 1 + y.numel() // PIECE)
-    for some_y, some_h, some_out in zip(*(t.view(t.shape or (1,)).chunk(pieces) for t in (y, h, out)), strict=True):
-        torch.sub(some_y, _rounded(some_h, y.dtype), out=some_out)
+    return _on_grid(torch.sub, y, h) if out is None else _into(out, torch.sub, y, h)
+
+
+def _into(out: Tensor, operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
+    pieces = min(PIECES, 1 + x.numel() // PIECE)
+    for some_x, some_h, some_out in zip(*(t.view(t.shape or (1,)).chunk(pieces) for t in (x, h, out)), strict=True):
+        operation(some_x, _rounded(some_h, x.dtype), out=some_out)
     return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revnet.reversible.grid import is_transformed
 
-__all__ = ["Merge", "Split", "split_halves"]
+__all__ = ["Merge", "Rearrangement", "Split", "split_halves"]
 
 
 def _dense_format(x: Tensor) -> torch.memory_format:
@@ -61,7 +61,11 @@ def merge_halves(x1: Tensor, x2: Tensor, dim: int = 1) -> Tensor:
     return torch.cat((x1, x2), dim)
 
 
-class Split(nn.Module):
+class Rearrangement(nn.Module):
+    """A layer that moves values and changes none: its inverse is exact, at no cost, and its log-determinant 0."""
+
+
+class Split(Rearrangement):
     """x -> (x1, x2), the two halves along `dim`; log-determinant exactly 0. First layer of a sequence on one tensor.
 
     Args:
@@ -84,13 +88,13 @@ class Split(nn.Module):
 
     def inverse(self, x1: Tensor, x2: Tensor, context: object = None) -> Tensor:
         """The tensor whose halves are x1 and x2."""
-        return torch.cat((x1, x2), self.dim)
+        return merge_halves(x1, x2, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
 
 
-class Merge(nn.Module):
+class Merge(Rearrangement):
     """(x1, x2) -> x, the concatenation along `dim`: undoes `Split`. Last layer where one tensor is wanted.
 
     Args:

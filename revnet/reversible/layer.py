@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revnet.reversible.grid import check_dtype, to_grid
 
-__all__ = ["State", "apply_layer", "as_state", "as_stream", "invert_layer", "is_invertible", "on_grid"]
+__all__ = ["State", "apply_layer", "arguments", "as_state", "as_stream", "invert_layer", "is_invertible", "on_grid"]
 
 State = tuple[Tensor, ...]
 
@@ -50,7 +50,8 @@ def on_grid(state: State) -> State:
     return tuple(to_grid(x, x.dtype) for x in state)
 
 
-def _arguments(context: Any) -> dict[str, Any]:
+def arguments(context: Any) -> dict[str, Any]:
+    """The keyword arguments that hand a context to a layer: none where there is no context."""
     return {} if context is None else {"context": context}
 
 
@@ -63,9 +64,9 @@ def apply_layer(
     """
     with_log_det = getattr(layer, "forward_and_log_det", None)
     if log_det is not None and callable(with_log_det):
-        output, term = with_log_det(*state, **_arguments(context))
+        output, term = with_log_det(*state, **arguments(context))
     elif log_det is None or is_invertible(layer):
-        output, term = layer(*state, **_arguments(context)), None
+        output, term = layer(*state, **arguments(context)), None
     else:
         raise TypeError(
             f"{type(layer).__name__} has no log-determinant: it has neither `forward_and_log_det` nor `inverse`; "
@@ -85,4 +86,4 @@ def invert_layer(layer: nn.Module, state: State, context: Any = None) -> State:
             f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
             f"invert the layers behind it, or replace it by an invertible one"
         )
-    return as_state(inverse(*state, **_arguments(context)), layer)
+    return as_state(inverse(*state, **arguments(context)), layer)

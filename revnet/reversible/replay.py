@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from revnet.reversible.coupling import Addition, Step
 from revnet.reversible.evaluation import Autocast, Evaluation, call, is_differentiable
-from revnet.reversible.halves import Merge, Split
+from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
@@ -65,7 +65,7 @@ class Replay:
             if not wanted:
                 return
             if isinstance(step.rule, Addition):
-                outputs, leaves = [(h, grad)], [x]
+                outputs, leaves = [(h, step.rule.gradient(grad))], [x]
             else:
                 before = state[moved].detach().requires_grad_()
                 with torch.enable_grad():
@@ -92,7 +92,7 @@ class Replay:
             before = {_address(x) for x in state}
             state[:] = invert_layer(layer, tuple(state), self.context)
             # Any other layer might hold what it returns.
-            self.made = [isinstance(layer, Split | Merge) and _address(x) not in before for x in state]
+            self.made = [isinstance(layer, Rearrangement) and _address(x) not in before for x in state]
         self._differentiate(layer, evaluation, state, grads, needs)
 
     def recompute_layer(

@@ -15,7 +15,7 @@ from revnet.reversible.coupling import AdditiveCoupling, Coupling
 from revnet.reversible.evaluation import Autocast
 from revnet.reversible.function import apply_run
 from revnet.reversible.grid import check_dtype
-from revnet.reversible.halves import Merge, Split
+from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
 from revnet.reversible.run import Run
 from revnet.reversible.watch import Watch
@@ -106,6 +106,7 @@ class ReversibleSequence(nn.ModuleList):
         self.exact = exact
         self._errors: dict[int, Tensor] = {}
         self._inspected: set[Any] = set()
+        self._inverted: tuple[tuple[nn.Module, ...], ReversibleSequence] | None = None
         self.watch = Watch()
         self.activations = activations
 
@@ -146,8 +147,9 @@ class ReversibleSequence(nn.ModuleList):
 
         A plan is followed to the letter. Under a single value layers without an inverse are recomputed instead of
         reconstructed. Three kinds of layers are reconstructed instead of recomputed, where undoing is exact and costs
-        no more than doing it again, so that their input need not be kept: `Split`, `Merge`, and an `AdditiveCoupling`
-        right behind a layer without an inverse, since of its input only the half that it leaves alone is used again.
+        no more than doing it again, so that their input need not be kept: `Split`, `Merge`, `Squeeze`, and an
+        `AdditiveCoupling` right behind a layer without an inverse, since of its input only the half that it leaves
+        alone is used again.
         """
         if not isinstance(self._activations, str):
             return tuple(self.checked(self._activations))
@@ -156,7 +158,7 @@ class ReversibleSequence(nn.ModuleList):
         undone: Iterable[bool] = map(is_invertible, self)
         if self._activations == "recompute":
             undone = (
-                isinstance(layer, Split | Merge)
+                isinstance(layer, Rearrangement)
                 or (isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before))
                 for before, layer in zip([None, *self], self, strict=False)
             )
@@ -191,6 +193,34 @@ class ReversibleSequence(nn.ModuleList):
         for layer in reversed(self):
             state = invert_layer(layer, state, context)
         return _unwrap(state)
+
+    @property
+    def inv(self) -> ReversibleSequence:
+        """The sequence of the inverted layers, last first: its `forward` is `inverse`, with this sequence's memory.
+
+        It shares parameters, `watch` and `reconstruction_error` with this one, and takes its `activations`, `exact` and
+        `check_determinism` whenever it is asked for. It holds the same branches, each still evaluated once in the
+        backward pass, and its log-determinant is the negative.
+
+        Raises:
+            ValueError: a layer has no inverse.
+
+        Example:
+            >>> import torch
+            >>> from revnet import ReversibleBlock, ReversibleSequence
+            >>> sequence = ReversibleSequence([ReversibleBlock(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))])
+            >>> z1, z2 = torch.randn(2, 5, 3)
+            >>> (x1, x2), log_det = sequence.inv.forward_and_log_det(z1, z2)  # keeps no activations either
+            >>> x1.sum().backward()
+        """
+        layers = tuple(self)
+        if self._inverted is None or self._inverted[0] != layers:
+            self._inverted = (layers, ReversibleSequence(map(invert, reversed(layers)), "store"))
+        inverted, activations = self._inverted[1], self._activations
+        inverted._activations = activations if isinstance(activations, str) else tuple(reversed(activations))
+        inverted._exact, inverted.check_determinism = self._exact, self.check_determinism
+        inverted.watch, inverted._errors = self.watch, self._errors
+        return inverted
 
     def _run(self, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
         _check_state(state)
@@ -241,7 +271,7 @@ class ReversibleSequence(nn.ModuleList):
             if not _can_be_exact(layer):
                 raise ValueError(
                     f"exact=True: layer {index} ({type(layer).__name__}) cannot be undone to the bit: it is no "
-                    f"additive coupling, Split or Merge; use additive couplings, or exact=False"
+                    f"additive coupling, Split, Merge or other rearrangement; use additive couplings, or exact=False"
                 )
 
     def __getitem__(self, index: Any) -> Any:
@@ -307,7 +337,7 @@ class ReversibleSequence(nn.ModuleList):
 def _can_be_exact(layer: nn.Module) -> bool:
     if isinstance(layer, Coupling):
         return layer.is_additive()
-    return isinstance(layer, Split | Merge) or not is_invertible(layer)
+    return isinstance(layer, Rearrangement) or not is_invertible(layer)
 
 
 def _unwrap(state: State) -> Any:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from revnet.models.branches import BasicBranch, BottleneckBranch
-from revnet.models.units import PointwiseShortcut, TransitionUnit
+from revnet.models.units import PointwiseShortcut, PoolPadShortcut, TransitionUnit
 from revnet.profiling import MemoryTimeline
 from revnet.reversible import AdditiveCoupling
 
@@ -26,7 +26,8 @@ def test_pointwise_shortcut_is_a_strided_convolution_that_keeps_what_it_reads(st
 
 @pytest.mark.parametrize("branch", [BasicBranch, BottleneckBranch])
 def test_a_transition_and_the_coupling_behind_it_are_the_unit_of_the_paper(branch):
-    unit = TransitionUnit(branch, 16, 32, stride=2).double()
+    shortcut = PointwiseShortcut if branch is BottleneckBranch else PoolPadShortcut
+    unit = TransitionUnit(branch(8, 16, stride=2), shortcut(8, 16, 2), shortcut(8, 16, 2)).double()
     coupling = AdditiveCoupling(branch(16, 16).double(), swap=True)
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
     y1, y2 = coupling(*unit(x))

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from revnet import ReversibleSequence, compile_branches, set_activations
 from revnet.models import RevNet
 from revnet.models.branches import BasicBranch
+from revnet.models.paper import table_1
 from tests.reversible.networks import BRANCHES, MODES, relative, same, sequence, step
 
 # Dynamo itself looks at the `.grad` of the tensors that it meets.
@@ -53,7 +54,7 @@ def test_one_graph_serves_every_block_every_mode_and_both_evaluations(exact):
 
 def network(units):
     torch.manual_seed(2)
-    return RevNet(BasicBranch, (units,) * 3, (8, 8, 16, 32), small_images=True, num_classes=10, exact=True)
+    return RevNet(*table_1(BasicBranch, (units,) * 3, (8, 8, 16, 32)), small_images=True, num_classes=10, exact=True)
 
 
 def test_a_deeper_network_compiles_no_more_graphs():

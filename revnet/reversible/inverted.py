@@ -1,0 +1,116 @@
+"""A layer run backwards: its inverse as the forward pass of a layer of its own, on the same parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from revnet.reversible.coupling import Coupling, Step
+from revnet.reversible.halves import Rearrangement
+from revnet.reversible.layer import arguments, invert_layer, is_invertible
+
+__all__ = ["invert"]
+
+
+def invert(layer: nn.Module) -> nn.Module:
+    """The layer whose `forward` is the `inverse` of `layer`, with shared parameters.
+
+    A coupling gives a coupling, a rearrangement a rearrangement, and an inverted layer the layer itself. The
+    log-determinant is the negative: taken from the layer's `inverse_and_log_det` where it has that method, else from
+    its `forward_and_log_det` at the input that `inverse` finds.
+
+    Raises:
+        ValueError: the layer has no inverse.
+
+    Example:
+        >>> import torch
+        >>> from revnet.reversible import Split, invert
+        >>> invert(Split())(torch.randn(2, 3), torch.randn(2, 3)).shape
+        torch.Size([2, 6])
+    """
+    known = getattr(layer, "inv", None)  # of a sequence, or of an inverted layer
+    if isinstance(known, nn.Module):
+        return known
+    if isinstance(layer, Coupling):
+        return _InvertedCoupling(layer)
+    if not is_invertible(layer):
+        raise ValueError(
+            f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
+            f"invert the layers behind it, or replace it by an invertible one"
+        )
+    return _InvertedRearrangement(layer) if isinstance(layer, Rearrangement) else _Inverted(layer)
+
+
+class _InvertedCoupling(Coupling):
+    """The moves of a coupling in reverse order, each with move and undo exchanged."""
+
+    def __init__(self, layer: Coupling) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def inv(self) -> nn.Module:
+        return self.layer
+
+    # One flag for both directions: the moves are the coupling's own.
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.layer.exact
+
+    @exact.setter
+    def exact(self, exact: bool) -> None:
+        self.layer.exact = exact
+
+    def steps(self) -> tuple[Step, ...]:
+        return _inverted(self.layer.steps())
+
+    def moves(self) -> tuple[Step, ...]:
+        return _inverted(self.layer.moves())
+
+
+def _inverted(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    return tuple(Step(branch, moved, rule.inverse) for branch, moved, rule in reversed(steps))
+
+
+class _Inverted(nn.Module):
+    """Any other layer with forward and inverse exchanged."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def inv(self) -> nn.Module:
+        return self.layer
+
+    def forward(self, y1: Tensor, y2: Tensor | None = None, context: Any = None) -> Any:
+        return _unwrap(invert_layer(self.layer, _state(y1, y2), context))
+
+    def inverse(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:
+        """The input of this layer: the output of the one that it inverts."""
+        return self.layer(*_state(x1, x2), **arguments(context))
+
+    def forward_and_log_det(
+        self, y1: Tensor, y2: Tensor | None = None, context: Any = None
+    ) -> tuple[Any, Tensor | None]:
+        """Output and log-determinant of shape (B,), or None where it is exactly 0."""
+        given = getattr(self.layer, "inverse_and_log_det", None)
+        if callable(given):
+            return given(*_state(y1, y2), **arguments(context))
+        x = invert_layer(self.layer, _state(y1, y2), context)
+        there = getattr(self.layer, "forward_and_log_det", None)
+        log_det = there(*x, **arguments(context))[1] if callable(there) else None
+        return _unwrap(x), None if log_det is None else -log_det
+
+
+class _InvertedRearrangement(_Inverted, Rearrangement):
+    """A rearrangement brought back."""
+
+
+def _state(first: Tensor, second: Tensor | None) -> tuple[Tensor, ...]:
+    return (first,) if second is None else (first, second)
+
+
+def _unwrap(state: tuple[Tensor, ...]) -> Any:
+    return state[0] if len(state) == 1 else state

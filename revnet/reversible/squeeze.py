@@ -1,0 +1,57 @@
+"""Space to depth: resolution given for channels, without loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from revnet.reversible.halves import Rearrangement
+
+__all__ = ["Squeeze"]
+
+
+class Squeeze(Rearrangement):
+    """(C, H, W) -> (factor^2 C, H / factor, W / factor), of one tensor or of each half; log-determinant exactly 0.
+
+    Every channel becomes the factor^2 channels of its pixels at the same place in their square.
+
+    Source: Dinh, Sohl-Dickstein, Bengio 2016 (RealNVP), section 3.6; Jacobsen et al. 2018 (i-RevNet), section 3.1.
+
+    Args:
+        factor: side of the square, at least 1.
+
+    Raises:
+        ValueError: height or width is no multiple of the factor: it could not be undone.
+
+    Example:
+        >>> import torch
+        >>> from revnet.reversible import Squeeze
+        >>> Squeeze()(torch.randn(2, 3, 4, 6)).shape
+        torch.Size([2, 12, 2, 3])
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor={factor}: give the side of a square of pixels, at least 1")
+        self.factor = factor
+
+    def forward(self, *state: Tensor, context: object = None) -> Tensor | tuple[Tensor, ...]:
+        for x in state:
+            if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+                raise ValueError(
+                    f"cannot squeeze images of shape {tuple(x.shape)} by {self.factor}: give height and width that "
+                    f"are multiples of {self.factor}"
+                )
+        return _unwrap(tuple(pixel_unshuffle(x, self.factor) for x in state))
+
+    def inverse(self, *state: Tensor, context: object = None) -> Tensor | tuple[Tensor, ...]:
+        """The images that `forward` maps to `state`."""
+        return _unwrap(tuple(pixel_shuffle(y, self.factor) for y in state))
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+def _unwrap(state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    return state[0] if len(state) == 1 else state
