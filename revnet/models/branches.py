@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-__all__ = ["BasicBranch", "BottleneckBranch", "as_convolved", "conv1x1", "conv3x3", "norm", "subsample"]
+__all__ = [
+    "BasicBranch",
+    "BottleneckBranch",
+    "as_convolved",
+    "convolution_dtype",
+    "conv1x1",
+    "conv3x3",
+    "norm",
+    "subsample",
+]
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -31,16 +40,21 @@ def subsample(x: Tensor, stride: int) -> Tensor:
     return x[..., ::stride, ::stride]
 
 
+def convolution_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution reads `x`, which depends on autocast."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 def as_convolved(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast gives convolutions; as it is elsewhere.
+    """`x` in the dtype in which convolutions read it.
 
     Ahead of a ReLU, which commutes with rounding: it then keeps what the convolution reads, and nothing besides. The
     residual stream, and so what the normalisation of a branch returns, is fp32 under autocast.
     """
-    kind = x.device.type
-    if x.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    return x.to(convolution_dtype(x))
 
 
 class BasicBranch(nn.Module):

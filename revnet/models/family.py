@@ -2,17 +2,20 @@
 
 | builder | units per stage | inner widths of the branches | parameters | multiply-adds at 224x224 |
 | --- | --- | --- | --- | --- |
-| `revnet18` | 2-2-2-2 | 64, 120, 240, 480 | 11,653,992 (0.997) | 1.81 G (0.998) |
-| `revnet34` | 3-4-6-3 | 64, 128, 248, 496 | 21,851,176 (1.002) | 3.68 G (1.004) |
-| `revnet50` | 2-2-3-2 | 64, 152, 304, 528 | 25,683,752 (1.005) | 3.98 G (0.973) |
-| `revnet101` | 2-2-11-2 | 64, 152, 312, 528 | 45,162,856 (1.014) | 7.79 G (0.999) |
-| `revnet152` | 2-4-18-2 | 64, 152, 304, 528 | 61,189,672 (1.017) | 11.60 G (1.007) |
-| `revnext50_32x4d` | 2-2-3-2 | 160, 448, 928, 1472 | 25,441,128 (1.016) | 4.12 G (0.974) |
-| `wide_revnet50_2` | 2-2-3-2 | 120, 288, 568, 976 | 70,221,416 (1.019) | 11.41 G (1.001) |
+| `revnet18` | 2-2-2-2 | 64, 120, 240, 472 | 11,688,616 (1.000) | 1.82 G (1.004) |
+| `revnet34` | 3-4-6-3 | 64, 120, 248, 488 | 21,671,320 (0.994) | 3.62 G (0.989) |
+| `revnet50` | 2-2-3-2 | 64, 168, 312, 528 | 25,586,472 (1.001) | 4.03 G (0.985) |
+| `revnet101` | 2-2-11-2 | 64, 168, 312, 528 | 44,752,168 (1.005) | 7.78 G (0.997) |
+| `revnet152` | 2-4-18-2 | 64, 160, 304, 528 | 60,852,648 (1.011) | 11.61 G (1.008) |
+| `revnext50_32x4d` | 2-2-3-2 | 192, 544, 992, 1568 | 25,429,128 (1.016) | 4.14 G (0.978) |
+| `wide_revnet50_2` | 2-2-3-2 | 120, 296, 576, 944 | 69,157,480 (1.004) | 11.36 G (0.997) |
 
 The last two columns have the ratio to the ResNet of the same name in torchvision. A stage has as many units as the
 ResNet's (basic branches), or about half as many (bottlenecks, whose two branches have as many layers as two units of
-the ResNet); see `matching_width` for the widths. Differences that somebody who replaces a ResNet should know:
+the ResNet). The branch that steps into a stage has the inner width of the ResNet's, since it works at the resolution of
+the stage before; the others have that of `matching_width`, the table's.
+
+What somebody who replaces a ResNet should know:
 
 - Branches are pre-activation (BN, ReLU, convolution). What a stage returns is the residual stream, which no BN or ReLU
   has seen yet: it is of both signs and its scale grows with depth. The BN and ReLU behind the last stage are the
@@ -52,6 +55,11 @@ STEM = 64
 MULTIPLE = 8  # of the inner widths
 
 
+def inner_width(number: int, groups: int = 1, width_per_group: int = 64) -> int:
+    """Inner width of the residual functions in a stage of torchvision's ResNets."""
+    return STEM * 2**number * width_per_group // 64 * groups
+
+
 Kind = type[BasicBranch] | type[BottleneckBranch]
 
 
@@ -66,8 +74,9 @@ def matching_width(
 ) -> int:
     """The inner width at which a stage of a RevNet has the cost of the same stage of torchvision's ResNet.
 
-    The multiple of 8 (and of `groups`) for which weights times multiply-adds of the stage's convolutions are nearest to
-    those of the ResNet's. A unit there has one branch between all channels, here two between half of them each.
+    The multiple of 8 (and of `groups`) for which the convolutions' multiply-adds (early stages) and weights (late ones)
+    are nearest to those of the ResNet's. A unit there has one branch between all channels, here two between half of
+    them each. The branch that steps into the stage has the ResNet's own inner width.
 
     Args:
         branch: `BasicBranch` or `BottleneckBranch`.
@@ -78,7 +87,7 @@ def matching_width(
     """
     planes = STEM * 2**number
     before, after = STEM if number == 0 else planes // 2 * branch.expansion, planes * branch.expansion
-    inner = planes * width_per_group // 64 * groups
+    inner = inner_width(number, groups, width_per_group)
     # Weights are multiply-adds for each pixel, but that a bottleneck's first convolution works ahead of the stride.
     areas = (1, 1 if number == 0 else 4)
 
@@ -89,14 +98,21 @@ def matching_width(
 
     def revnet(area: int, width: int) -> int:
         first, half = channels[0] // 2, channels[1] // 2
-        others = (2 * units - 1) * _cost(branch, half, half, width, groups)
         if first == half:
-            return _cost(branch, half, half, width, groups) + others
-        return _cost(branch, first, half, width, groups, area) + 2 * first * half + others
+            return 2 * units * _cost(branch, half, half, width, groups)
+        step = _cost(branch, first, half, inner, groups, area) + 2 * first * half
+        return step + (2 * units - 1) * _cost(branch, half, half, width, groups)
 
     multiple = max(MULTIPLE, groups)
     widths = range(multiple, 4 * channels[1] + multiple, multiple)
-    return min(widths, key=lambda width: abs(sum(log(revnet(area, width) / resnet(area)) for area in areas)))
+    # A network's weights are in its late stages, its multiply-adds in all: so the early ones look at the latter alone.
+    shares = (number / 3, 1 - number / 3)
+
+    def distance(width: int) -> float:
+        ratios = (revnet(area, width) / resnet(area) for area in areas)
+        return abs(sum(share * log(ratio) for share, ratio in zip(shares, ratios, strict=True)))
+
+    return min(widths, key=distance)
 
 
 def _cost(branch: Kind, before: int, after: int, width: int, groups: int, area: int = 1) -> int:
@@ -147,11 +163,11 @@ def _revnet(
         before = out if reversible else channels
         width = matching_width(branch, number, count, theirs, (before, out), groups, width_per_group)
         options: dict[str, Any] = {"width": width, "norm_layer": norm_layer}
-        entry = options
+        entry = options if before == out else options | {"width": inner_width(number, groups, width_per_group)}
         stride = 1 if number == 0 or dilated else 2
         if branch is BottleneckBranch:
             # The first branch still reads the grid of the stage before, so it keeps that stage's dilation.
-            entry = options | {"groups": groups, "stride_in_3x3": True, "dilation": dilation}
+            entry = entry | {"groups": groups, "stride_in_3x3": True, "dilation": dilation}
             dilation *= 2 if dilated else 1
             options = options | {"groups": groups, "dilation": dilation}
         stages.append(

@@ -122,8 +122,12 @@ class PreActResNet(Switched):
             *(ResidualUnit(stage.branch(out, out), nn.Identity()) for _ in range(stage.units - 1)),
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def check_images(self, x: Tensor) -> None:
+        """ValueError, with the remedy, for what is no batch of images that this network takes."""
         _check_images(x, self.conv1.in_channels, self.total_stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_images(x)
         x = self.run_stem(x)
         for name in self.stage_names:
             x = getattr(self, name)(x)

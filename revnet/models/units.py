@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet.models.branches import subsample
+from revnet.models.branches import convolution_dtype, subsample
 from revnet.reversible import split_halves
 
 __all__ = ["Branch", "PointwiseShortcut", "PoolPadShortcut", "ResidualUnit", "Stage", "TransitionUnit"]
@@ -35,13 +35,22 @@ class PoolPadShortcut(nn.Module):
 
 
 class PointwiseShortcut(nn.Conv2d):
-    """A 1x1 convolution of some stride without bias that keeps for the backward pass only the pixels it reads."""
+    """A 1x1 convolution of some stride without bias that keeps for the backward pass only the pixels it reads.
+
+    Attributes:
+        keeps_input: keep the whole input instead, where something else keeps it anyway; False by default. Where the
+            convolution reads a copy in another dtype it is in vain, and not done.
+    """
+
+    keeps_input = False
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__(in_channels, out_channels, 1, bias=False)
         self.subsampling = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.keeps_input and convolution_dtype(x) == x.dtype:
+            return F.conv2d(x, self.weight, stride=self.subsampling)
         return super().forward(x if self.subsampling == 1 else subsample(x, self.subsampling).clone())
 
 
@@ -110,9 +119,14 @@ class TransitionUnit(nn.Module):
         self.f = f
         self.shortcut1 = shortcut1
         self.shortcut2 = shortcut2
+        if isinstance(shortcut2, PointwiseShortcut):
+            shortcut2.keeps_input = True  # the normalisation in front of F keeps x2
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = split_halves(x)
-        y1 = self.shortcut1(x1)
+        y1, z = self.shortcut1(x1), self.shortcut2(x2)
         del x1  # goes here, unless the shortcut keeps it
-        return y1 + self.f(x2), self.shortcut2(x2)
+        # F comes last, so that the backward pass comes to it first and has no gradients of the shortcuts to hold.
+        h = self.f(x2)
+        y1 = h.add_(y1) if h.dtype == y1.dtype else y1 + h  # no convolution keeps what it returns
+        return y1, z
