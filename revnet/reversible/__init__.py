@@ -4,6 +4,7 @@ from revnet.reversible.compile import compile_branches
 from revnet.reversible.coupling import AdditiveCoupling, AffineCoupling, Coupling, ReversibleBlock, Step
 from revnet.reversible.evaluation import is_recomputing
 from revnet.reversible.halves import Merge, Rearrangement, Split, split_halves
+from revnet.reversible.inverted import invert
 from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence
 from revnet.reversible.squeeze import Squeeze
 from revnet.reversible.switch import Slot, Switched, set_activations, slots

@@ -55,7 +55,7 @@ class _InvertedCoupling(Coupling):
 
     # One flag for both directions: the moves are the coupling's own.
     @property
-    def exact(self) -> bool:  # type: ignore[override]
+    def exact(self) -> bool:
         return self.layer.exact
 
     @exact.setter
@@ -70,6 +70,9 @@ class _InvertedCoupling(Coupling):
 
 
 def _inverted(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    for _, _, rule in steps:
+        if not hasattr(rule, "inverse"):
+            raise TypeError(f"{type(rule).__name__} has no `inverse`, the rule whose move is its undo; give it one")
     return tuple(Step(branch, moved, rule.inverse) for branch, moved, rule in reversed(steps))
 
 

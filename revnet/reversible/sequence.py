@@ -16,6 +16,7 @@ from revnet.reversible.evaluation import Autocast
 from revnet.reversible.function import apply_run
 from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Rearrangement
+from revnet.reversible.inverted import invert
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
 from revnet.reversible.run import Run
 from revnet.reversible.watch import Watch
@@ -216,6 +217,9 @@ class ReversibleSequence(nn.ModuleList):
         layers = tuple(self)
         if self._inverted is None or self._inverted[0] != layers:
             self._inverted = (layers, ReversibleSequence(map(invert, reversed(layers)), "store"))
+        for layer in layers:
+            if isinstance(layer, ReversibleSequence):
+                invert(layer)  # which is known already, and takes what was switched since
         inverted, activations = self._inverted[1], self._activations
         inverted._activations = activations if isinstance(activations, str) else tuple(reversed(activations))
         inverted._exact, inverted.check_determinism = self._exact, self.check_determinism
