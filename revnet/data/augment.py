@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
-__all__ = ["random_crop", "random_flip", "cutout"]
+__all__ = ["random_crop", "random_flip", "cutout", "mixing"]
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
@@ -65,3 +66,33 @@ def cutout(images: Tensor, size: int) -> Tensor:
     column = torch.arange(width, device=device)
     hole = (top <= row) & (row < top + size) & (left <= column) & (column < left + size)
     return images.masked_fill(hole, 0)
+
+
+def mixing(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | None:
+    """Mix every image of a batch with another one, and their labels alike: `(images, labels) -> (images, shares)`.
+
+    With both, every batch is mixed in one of the two ways, each with probability 1/2. The shares, (batch, classes), are
+    what the cross-entropy takes as probabilities.
+
+    Sources: Zhang et al., mixup, 2018; Yun et al., CutMix, 2019.
+
+    Args:
+        mixup: parameter of the beta distribution from which the weights of two images that are added are drawn; 0 for
+            none.
+        cutmix: likewise for the area of the rectangle that is pasted from one into the other; 0 for none.
+        num_classes: of the labels.
+
+    Returns:
+        None if there is nothing to mix.
+
+    Example:
+        >>> images, shares = mixing(0.2, 1.0, num_classes=5)(torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+        >>> images.shape, shares.shape, shares.sum().item()
+        (torch.Size([4, 3, 8, 8]), torch.Size([4, 5]), 4.0)
+    """
+    ways: list[v2.Transform] = []
+    if mixup:
+        ways.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+    if cutmix:
+        ways.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    return v2.RandomChoice(ways) if ways else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +12,11 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from revnet.data.read_image import read_image
 
-__all__ = ["TensorImages", "FileImages", "whole_batch"]
+__all__ = ["TensorImages", "FileImages", "ReadableImages", "whole_batch"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -22,6 +24,14 @@ Batch = tuple[Tensor, Tensor]
 def whole_batch(batch: Any) -> Any:
     """Leave a batch as it is: the `collate_fn` for these data sets."""
     return batch
+
+
+@contextmanager
+def repeatable(*place: Any) -> Iterator[None]:
+    """Let torch's random numbers on the CPU depend on `place` alone: not on the process, nor on what went before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random.Random(repr(place)).getrandbits(63))
+        yield
 
 
 class TensorImages(Dataset[Batch]):
@@ -59,12 +69,20 @@ class FileImages(Dataset[Batch]):
         paths: of the files.
         labels: (items,), int64.
         transform: from an RGB image to a tensor of bytes, (channels, height, width), of the same shape for all.
+
+    Attributes:
+        seed: of a random transform. A batch is the same whenever its images are asked for in the same order, by any
+            process; shuffling makes that another batch in every epoch.
+        unreadable: (items,), bool; marks the files that `ReadableImages` has found to be no images. All processes of a
+            data loader share it.
     """
 
     def __init__(self, paths: Sequence[str], labels: Tensor, transform: Callable[[Image.Image], Tensor]) -> None:
         self.paths = paths
         self.labels = labels
         self.transform = transform
+        self.seed = 0
+        self.unreadable = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,21 +91,65 @@ class FileImages(Dataset[Batch]):
         return self.transform(read_image(self.paths[index])), self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images = [self.transform(read_image(self.paths[index])) for index in indices]
+        with repeatable(self.seed, *indices):
+            images = [self.transform(read_image(self.paths[index])) for index in indices]
         return torch.stack(images), self.labels[indices]
 
-    def decode(self, image_shape: tuple[int, int, int], num_workers: int) -> TensorImages:
+    def unreadable_paths(self) -> list[str]:
+        """The paths of the files that are marked as unreadable."""
+        return [self.paths[index] for index in self.unreadable.nonzero().flatten().tolist()]
+
+    def decode(self, image_shape: tuple[int, int, int], num_workers: int, skip_unreadable: bool) -> TensorImages:
         """Read all files into memory, and show the progress where there are many.
 
         Args:
             image_shape: (channels, height, width) of what `transform` returns.
             num_workers: processes to share the work.
+            skip_unreadable: leave out files that are no images; else the first one raises a ValueError.
         """
         batch = 128
-        loader = DataLoader(self, batch, num_workers=min(num_workers, len(self) // batch), collate_fn=whole_batch)
+        source = ReadableImages(self, range(len(self))) if skip_unreadable else self
+        loader = DataLoader(source, batch, num_workers=min(num_workers, len(self) // batch), collate_fn=whole_batch)
         images = torch.empty(len(self), *image_shape, dtype=torch.uint8)
         hidden = len(self) < 5000 or getattr(rank_zero_only, "rank", 0) > 0
         shown = track(loader, f"Reading {len(self):,} images", transient=True, disable=hidden)
         for place, (decoded, _) in zip(images.split(batch), shown, strict=True):
             place.copy_(decoded)
+        if self.unreadable.any():
+            return TensorImages(images[~self.unreadable], self.labels[~self.unreadable])
         return TensorImages(images, self.labels)
+
+
+class ReadableImages(Subset[Batch]):
+    """A part of `FileImages` in which the next readable file stands in for one that cannot be read.
+
+    So batches keep their size, and every process of a distributed training has as many of them as the others.
+
+    Args:
+        images: the whole.
+        indices: of the part; what stands in is of it, too.
+
+    Raises:
+        ValueError: when images are asked for and none of the part can be read.
+    """
+
+    def __init__(self, images: FileImages, indices: Sequence[int]) -> None:
+        super().__init__(images, indices)
+        self.images = images
+
+    def __getitem__(self, place: int) -> Batch:
+        for step in range(len(self)):
+            index = self.indices[(place + step) % len(self)]
+            if not self.images.unreadable[index]:
+                try:
+                    image = read_image(self.images.paths[index])
+                except ValueError:
+                    self.images.unreadable[index] = True
+                else:
+                    return self.images.transform(image), self.images.labels[index]
+        raise ValueError(f"none of {len(self)} images can be read, {self.images.paths[self.indices[place]]} among them")
+
+    def __getitems__(self, places: Sequence[int]) -> Batch:  # type: ignore[override]
+        with repeatable(self.images.seed, *places):
+            images, labels = zip(*[self[place] for place in places], strict=True)
+        return torch.stack(images), torch.stack(labels)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
 
-from revnet.data.augment import cutout, random_crop, random_flip
+from revnet.data.augment import cutout, mixing, random_crop, random_flip
 from revnet.data.datasets import Batch, FileImages, TensorImages, whole_batch
 from revnet.data.normalize import Normalize
 from revnet.data.split import stratified_split
@@ -39,6 +44,8 @@ class ImageDataModule(pl.LightningDataModule):
         padding: pixels by which a training image is shifted at most, see `random_crop`.
         flip: mirror training images at random.
         cutout: side in pixels of the square erased from every training image; 0 for none.
+        mixup: mix training images and their labels, which then are shares of the classes, see `mixing`; 0 for none.
+        cutmix: likewise, with rectangles.
 
     Attributes:
         image_shape, num_classes: of the data; known from the start.
@@ -67,6 +74,8 @@ class ImageDataModule(pl.LightningDataModule):
         padding: int = 4,
         flip: bool = True,
         cutout: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ) -> None:
         super().__init__()
         if num_classes not in (None, classes):
@@ -88,6 +97,9 @@ class ImageDataModule(pl.LightningDataModule):
         for name, pixels in {"padding": padding, "cutout": cutout}.items():
             if not isinstance(pixels, int) or pixels < 0:
                 raise ValueError(f"{name}={pixels}: give a whole number of pixels, 0 for none")
+        for name, strength in {"mixup": mixup, "cutmix": cutmix}.items():
+            if strength < 0:
+                raise ValueError(f"{name}={strength}: give a strength of more than 0, such as 0.2, or 0 for none")
         self.image_shape = image_shape
         self.num_classes = classes
         self.batch_size = batch_size
@@ -98,7 +110,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.padding = padding
         self.flip = flip
         self.cutout = cutout
-        self.splits: dict[str, Images | Subset[Batch]] = {}
+        self.mixup = mixup
+        self.cutmix = cutmix
+        self.splits: dict[str, Any] = {}
 
     def load(self) -> tuple[Images, Images | None, Images]:
         """Return the images to train on, to validate on (None: to be cut from the former) and to test on."""
@@ -108,7 +122,11 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the training images as training reads them, if it reads them in a way of its own."""
         return images
 
-    def workers(self, images: Images) -> int:
+    def part(self, images: Images, indices: Sequence[int] | None = None) -> Images | Subset[Batch]:
+        """Return those of the images that belong to a split, None for all."""
+        return images if indices is None else Subset(images, indices)
+
+    def workers(self, images: Dataset[Batch]) -> int:
         """Return how many processes load these images: by default a device's share of the processors, 16 at most."""
         if self.num_workers is not None:
             return self.num_workers
@@ -124,16 +142,17 @@ class ImageDataModule(pl.LightningDataModule):
         train, val, test = self.load()
         self.num_workers = self.workers(train)
         kept = list(range(len(train)))
-        splits: dict[str, Images | Subset[Batch]] = {"test": test}
+        splits = {"test": self.part(test)}
         if val is not None:
-            splits["val"] = val
+            splits["val"] = self.part(val)
         elif self.val_fraction > 0:
             kept, rest = stratified_split(train.labels, self.val_fraction, self.split_seed)
-            splits["val"] = Subset(train, rest)
-        splits["train"] = Subset(self.vary(train), kept)
+            splits["val"] = self.part(train, rest)
+        splits["train"] = self.part(self.vary(train), kept)
         # To measure files is to decode them: a few thousand of them, evenly spaced, will do.
         sample = kept if isinstance(train, TensorImages) else kept[:: max(1, len(kept) // 2048)]
-        loader = DataLoader(Subset(train, sample), 256, num_workers=self.num_workers, collate_fn=whole_batch)
+        measured = self.part(train, sample)
+        loader = DataLoader(measured, 256, num_workers=self.num_workers, collate_fn=whole_batch)
         self.normalize = Normalize.named(self.normalization, (images for images, _ in loader))
         self.splits = splits
 
@@ -158,16 +177,44 @@ class ImageDataModule(pl.LightningDataModule):
         images, labels = batch
         assert self.trainer is not None
         images = self.preprocess(images, training=self.trainer.training)
-        return self.trainer.precision_plugin.convert_input(images), labels
+        if self.trainer.training and (mix := mixing(self.mixup, self.cutmix, self.num_classes)) is not None:
+            images, labels = mix(images, labels)
+        return self.trainer.precision_plugin.convert_input((images, labels))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training images in random order; what is left over for an incomplete batch is dropped."""
+        """Return the training images in random order; what is left over for an incomplete batch is dropped.
+
+        Torch's seed and the epoch decide the order, and the loader's `state_dict` keeps its place in it. Without a
+        trainer, `loader.sampler.set_epoch(epoch)` begins another order.
+        """
         images = len(self.splits["train"]) // (self.trainer.world_size if self.trainer else 1)
         if images < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is more than the {images} training images: give {images} or less"
             )
-        return self._loader("train", shuffle=True, drop_last=True)
+        sampler = self._order()
+        if self.trainer is not None:  # a loader with processes begins to load before the trainer says which epoch it is
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        return self._loader("train", sampler=sampler, drop_last=True)
+
+    def batch_indices(self, epoch: int, batch: int) -> list[int]:
+        """Return which images a training batch holds on this device.
+
+        Args:
+            epoch: counted from 0.
+            batch: its place in the epoch, counted from 0.
+
+        Returns:
+            Indices of the training images that `load` returns; none where the data cannot tell.
+        """
+        train = self.splits["train"]
+        if not isinstance(train, Subset):
+            return []
+        sampler = self._order()
+        sampler.set_epoch(epoch)
+        return [
+            train.indices[index] for index in list(sampler)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        ]
 
     def val_dataloader(self) -> DataLoader[Batch] | list:
         """Return the validation images in their order; no loader if there are none."""
@@ -177,14 +224,33 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the test images in their order."""
         return self._loader("test")
 
+    def _order(self) -> StatefulDistributedSampler:
+        """The order of the training images on this device."""
+        seed = torch.initial_seed()
+        if self.trainer is None:
+            return StatefulDistributedSampler(self.splits["train"], 1, 0, seed=seed)
+        return StatefulDistributedSampler(
+            self.splits["train"],
+            self.trainer.world_size,
+            self.trainer.global_rank,
+            seed=self.trainer.strategy.broadcast(seed),
+            drop_last=True,
+        )
+
     def _loader(self, split: str, **options: Any) -> DataLoader[Batch]:
         workers = self.num_workers or 0
-        return DataLoader(
-            self.splits[split],
-            self.batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=whole_batch,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            **options,
-        )
+        sampler = options.get("sampler")
+        # A generator of its own: to begin an epoch leaves torch's global one alone.
+        seed = sampler.seed + sampler.epoch if sampler is not None else 0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata calls it
+            return (DataLoader if sampler is None else StatefulDataLoader)(
+                self.splits[split],
+                options.pop("batch_size", self.batch_size),
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                collate_fn=whole_batch,
+                pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+                generator=torch.Generator().manual_seed(seed % 2**63),
+                **options,
+            )

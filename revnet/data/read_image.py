@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -10,18 +11,19 @@ from PIL import Image
 __all__ = ["read_image"]
 
 
-def read_image(path: str | PathLike[str]) -> Image.Image:
+def read_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
     Grayscale is repeated, CMYK converted, 16-bit grayscale scaled down, transparency dropped; of an animation the
     first picture is taken.
 
     Args:
-        path: a file of any format that Pillow reads.
+        file: path or content of a file of any format that Pillow reads.
+        name: what an error calls it; None: its path.
 
     Raises:
         ValueError: if it is damaged, cut short, not an image, or has pixels without a defined range (32-bit, float).
-            The message begins with the path.
+            The message begins with the name.
 
     Example:
         >>> import os, tempfile
@@ -31,10 +33,10 @@ def read_image(path: str | PathLike[str]) -> Image.Image:
         ('RGB', (4, 2))
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return _rgb(image)
     except Exception as error:  # decoders raise whatever their parsers run into
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+        raise ValueError(f"{name or file}: not a readable image ({error})") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from revnet.data import cutout, random_crop, random_flip
+from revnet.data import cutout, mixing, random_crop, random_flip
 
 
 def distinct_pixels(count: int, size: int) -> torch.Tensor:
@@ -63,3 +63,24 @@ def test_the_global_seed_repeats_the_change_and_the_images_stay_untouched(change
     assert torch.equal(change(images), first)
     assert not torch.equal(second, first)
     assert torch.equal(images, before)
+
+
+def test_images_and_labels_are_mixed_in_the_same_proportion():
+    labels = torch.arange(4)
+    images = labels.float().view(4, 1, 1, 1).expand(4, 3, 16, 16)  # every pixel is the label
+    ways = set()
+    for _ in range(20):
+        mixed, shares = mixing(0.2, 1.0, num_classes=4)(images, labels)
+        assert mixed.shape == images.shape
+        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), shares @ labels.float())
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(4))
+        ways.add("cutmix" if mixed.frac().abs().max() == 0 else "mixup")
+    assert ways == {"mixup", "cutmix"}
+
+
+def test_there_is_something_to_mix_or_not():
+    assert mixing(0, 0, num_classes=3) is None
+    pasted, _ = mixing(0, 1.0, num_classes=4)(distinct_pixels(4, 8), torch.arange(4))
+    assert pasted.frac().abs().max() == 0
+    added, _ = mixing(1.0, 0, num_classes=4)(distinct_pixels(4, 8), torch.arange(4))
+    assert added.frac().abs().max() > 0

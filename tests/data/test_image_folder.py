@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -157,6 +159,97 @@ def test_workers_share_the_reading_of_many_images(tmp_path):
         ImageFolder(root, num_workers=1).setup()
 
 
+def test_unreadable_images_are_left_out_of_memory(tmp_path, caplog):
+    broken = [corrupt(fill(tmp_path) / "train" / "red" / "3.png"), corrupt(tmp_path / "test" / "blue" / "0.png")]
+    data = ImageFolder(tmp_path, val_fraction=0, skip_unreadable=True)
+    data.setup()
+    assert sizes(data) == {"test": 19, "train": 19}
+    assert data.splits["test"].labels.tolist() == [0] * 9 + [1] * 10
+    assert caplog.messages == [f"2 unreadable images are skipped: {broken[0]}, {broken[1]}"]
+
+
+@pytest.mark.filterwarnings(FORK)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_readable_image_of_the_same_split_stands_in(tmp_path, caplog, num_workers):
+    fill(tmp_path)
+    options = {"memory_limit": 0, "num_workers": num_workers, "batch_size": 9, "val_fraction": 0.1}
+    data = ImageFolder(tmp_path, normalization="symmetric", skip_unreadable=True, **options)
+    data.setup()
+    train, val = (set(data.splits[name].indices) for name in ("train", "val"))
+    paths = [
+        data.splits["train"].dataset.paths[index] for index in sorted(train)[:4] + sorted(train)[-1:] + sorted(val)[:1]
+    ]
+    broken = [str(corrupt(Path(path))) for path in paths]
+    for _ in range(2):  # the second time they are known
+        batches = list(data.train_dataloader())
+        assert [images.shape for images, _ in batches] == [(9, 3, 32, 32)] * 2
+        labels = torch.cat([labels for _, labels in batches])
+        assert labels.tolist().count(1) == 8  # 9, without the last one, for which the first readable one stands in
+        blue = torch.cat([images for images, _ in batches])[labels == 0]
+        assert (blue[:, 2] == 255).all()
+    assert sum(len(images) for images, _ in data.val_dataloader()) == 2
+    assert sum(len(images) for images, _ in data.test_dataloader()) == 20
+    data.report_unreadable()
+    data.teardown("fit")
+    (line,) = caplog.messages
+    assert line.startswith("6 unreadable images are skipped: ")
+    assert line.endswith(" and 3 more")
+    assert all(path in broken for path in line.partition(": ")[2].partition(" and ")[0].split(", "))
+
+
+def test_nothing_but_unreadable_images(tmp_path):
+    for file in (fill(tmp_path) / "test").rglob("*.png"):
+        corrupt(file)
+    data = ImageFolder(tmp_path, memory_limit=0, num_workers=0, skip_unreadable=True)
+    data.setup()
+    with pytest.raises(ValueError, match=r"none of 20 images can be read, .*0\.png among them"):
+        next(iter(data.test_dataloader()))
+    with pytest.raises(ValueError, match="none of 20 images can be read"):
+        ImageFolder(tmp_path, skip_unreadable=True).setup()
+
+
+@pytest.mark.parametrize("options", [{"trivial_augment": True}, {"random_erasing": 1.0}])
+def test_training_images_are_changed_and_others_are_not(tmp_path, options):
+    root = fill(tmp_path)
+    Image.effect_noise((30, 30), 80).save(root / "train" / "red" / "0.png")
+    Image.effect_noise((30, 30), 80).save(root / "test" / "red" / "0.png")
+    data = ImageFolder(root, val_fraction=0, num_workers=0, **options)
+    data.setup()
+    seen = torch.stack([data.splits["train"][10][0] for _ in range(10)])
+    assert len(seen.flatten(1).unique(dim=0)) > 5
+    if "random_erasing" in options:
+        mean = torch.tensor([124, 116, 104]).view(3, 1, 1)
+        assert ((seen == mean).all(dim=1).sum(dim=(1, 2)) > 10).all()
+    assert torch.equal(data.splits["test"][10][0], data.splits["test"][10][0])
+
+
+@pytest.mark.filterwarnings(FORK)
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_an_epoch_that_is_interrupted_goes_on_with_the_same_crops(tmp_path, skip_unreadable):
+    fill(tmp_path)
+    for file in (tmp_path / "train").rglob("*.png"):
+        Image.effect_noise((20, 30), 80).save(file)
+    options = {"crop_area": (0.05, 0.5), "padding": 0, "batch_size": 3, "skip_unreadable": skip_unreadable}
+    seen = []
+    for num_workers in (0, 2):
+        data = ImageFolder(tmp_path, 8, num_workers=num_workers, **options)
+        data.setup()
+        loader = data.train_dataloader()
+        iterator = iter(loader)
+        for _ in range(2):
+            next(iterator)
+        state = loader.state_dict()
+        whole = [images for images, _ in iterator]
+        assert len(whole) == 4
+        torch.rand(3)  # the random numbers of the process do not matter
+        resumed = data.train_dataloader()
+        resumed.load_state_dict(state)
+        for one, other in zip(whole, (images for images, _ in resumed), strict=True):
+            assert torch.equal(one, other)
+        seen.append(whole)
+    assert torch.equal(torch.cat(seen[0]), torch.cat(seen[1]))
+
+
 def test_missing_and_empty_directories(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/train: no such directory; put images into .*/CLASS/"):
         ImageFolder(tmp_path)
@@ -195,6 +288,7 @@ def test_classes_that_differ(tmp_path):
         ({"crop_area": (0.5, 0.1), "padding": 0}, r"crop_area=\(0.5, 0.1\): give"),
         ({"crop_area": (0.5, 1)}, r"crop_area=\(0.5, 1\) and padding=4 both crop"),
         ({"color_jitter": (0.5, 0.5)}, r"color_jitter=\(0.5, 0.5\): give"),
+        ({"random_erasing": 2}, "random_erasing=2: give"),
         ({"memory_limit": -1}, "memory_limit=-1: give"),
         ({"val_fraction": 2}, "val_fraction=2: give"),
     ],

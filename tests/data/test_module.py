@@ -149,9 +149,30 @@ def test_images_in_memory_need_no_worker_but_can_have_some():
     assert data.val_dataloader().num_workers == 1
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_only_training_images_are_mixed(tmp_path, precision):
+    data = Fake(image_shape=(3, 4, 4), batch_size=16, mixup=0.2, cutmix=1.0)
+    labels = {}
+
+    class Spy(Linear):
+        def step(self, split, batch):
+            labels[split] = batch[1]
+            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    model = Spy(data)
+    trainer = make_trainer(tmp_path, max_steps=2, precision=precision)
+    trainer.fit(model, datamodule=data)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert labels["train"].shape == (16, 10)
+    assert labels["train"].is_floating_point()
+    assert labels["val"].ndim == labels["test"].ndim == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"mixup": -0.5}, "mixup=-0.5: give"),
+        ({"cutmix": -1}, "cutmix=-1: give"),
         ({"num_classes": 7}, "data has 10 classes, num_classes=7: leave num_classes out"),
         ({"batch_size": 0}, "batch_size=0: give"),
         ({"batch_size": 2.5}, "batch_size=2.5: give"),

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -56,6 +58,14 @@ def test_a_palette_with_transparency(tmp_path, transparency):
 def test_one_pixel(tmp_path):
     Image.new("L", (1, 1), 9).save(tmp_path / "image.png")
     assert pixels(tmp_path / "image.png").tolist() == [[[9, 9, 9]]]
+
+
+def test_the_content_of_a_file_with_a_name(tmp_path):
+    Image.new("L", (3, 2), 9).save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    assert pixels(io.BytesIO(content)).tolist() == [[[9, 9, 9]] * 3] * 2
+    with pytest.raises(ValueError, match=r"^some\.tar: 7\.png: not a readable image"):
+        read_image(io.BytesIO(content[:40]), "some.tar: 7.png")
 
 
 def truncated(file):

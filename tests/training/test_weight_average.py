@@ -1,0 +1,47 @@
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from revnet.training import Classifier, WeightAverage
+from tests.training.tiny import tiny_batches, tiny_network
+
+
+class Spy(pl.Callback):
+    """Keeps the weights of every step, and saves a checkpoint after the second."""
+
+    def __init__(self, path):
+        self.path = path
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, classifier, *rest):
+        self.weights.append(classifier.network[0].weight.detach().clone())
+        if len(self.weights) == 2:
+            trainer.save_checkpoint(self.path)
+
+
+# The classifier shards itself where the strategy asks for it, which none does here.
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_the_average_is_kept_and_tested_and_the_weights_are_trained(tmp_path):
+    path = tmp_path / "second.ckpt"
+    spy, classifier = Spy(path), Classifier(tiny_network(), partial(torch.optim.SGD, lr=0.1))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        callbacks=[WeightAverage(decay=0.5), spy],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(classifier, tiny_batches(6), tiny_batches(1))
+    first, second, third = spy.weights
+    average = 0.5 * first + 0.5 * second
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(classifier.network[0].weight, 0.5 * average + 0.5 * third)
+    checkpoint = torch.load(path, weights_only=True)
+    torch.testing.assert_close(checkpoint["state_dict"]["network.0.weight"], average)
+    assert torch.equal(checkpoint["current_model_state"]["network.0.weight"], second)
+    trainer.test(classifier, tiny_batches(2), ckpt_path=path, weights_only=True, verbose=False)
+    torch.testing.assert_close(classifier.network[0].weight, average)
