@@ -1,18 +1,19 @@
-"""No run overwrites another."""
+"""No run overwrites another, and one that was stopped goes on in its directory."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from revnet.mistakes import leave
+from revnet.processes import agree, rank
 
-__all__ = ["KeepRuns"]
+__all__ = ["KeepRuns", "with_saved_overrides"]
 
 
 class KeepRuns(Callback):
@@ -26,14 +27,19 @@ class KeepRuns(Callback):
         """Look at the run's directory."""
         HydraConfig.instance().set_config(config)  # the directory's name refers to it
         directory = Path(config.hydra.run.dir)
+        if rank() > 0:
+            with read_write(config.hydra):
+                config.hydra.run.dir, config.hydra.output_subdir = agree(str(directory)), None
+            return
         if not config.get("ckpt_path"):
-            last = directory / "checkpoints" / "last.ckpt"
-            resume = f", or resume the run with ckpt_path={last}" if last.is_file() else ""
+            there = (directory / config.hydra.output_subdir).is_dir() if config.hydra.output_subdir else False
+            resume = ", or go on with the run there: ckpt_path=last" if there else ""
             self._refuse(config, directory, f"choose another run_dir{resume}")
         elif config.hydra.output_subdir is not None:
             earlier = len(list(directory.glob(f"{config.hydra.output_subdir}*")))
             with read_write(config.hydra):
                 config.hydra.output_subdir += f"_{earlier}" if earlier else ""
+        agree(str(directory))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Look at the sweep's directory."""
@@ -43,7 +49,31 @@ class KeepRuns(Callback):
         self._refuse(config, Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
 
     def _refuse(self, config: DictConfig, directory: Path, remedy: str) -> None:
-        first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-        if first and directory.is_dir() and any(directory.iterdir()):
+        if directory.is_dir() and any(directory.iterdir()):
             line = f"{directory} is not empty and nothing is written over: {remedy}"
             leave(config.hydra.job.config_name, line, status=2)
+
+
+def with_saved_overrides(arguments: list[str]) -> list[str]:
+    """Put what a run was started with before the arguments that are to go on with it.
+
+    With `ckpt_path=last` and `run_dir=PATH` among them, the overrides in the newest record of PATH (`.hydra`, or
+    `.hydra_N` of a run that was resumed before) come first, so that they hold again, and those given now on top of
+    them. Any other arguments are returned as they are.
+
+    Raises:
+        ValueError: there is no such record, or the directory is not given.
+    """
+    if "ckpt_path=last" not in arguments:
+        return arguments
+    given = [argument for argument in arguments if argument.startswith("run_dir=")]
+    if not given:
+        raise ValueError("ckpt_path=last goes on with one run, so its directory is needed: run_dir=runs/NAME/DATE")
+    directory = Path(str(OverridesParser.create().parse_override(given[-1]).value()))
+    records = [*directory.glob(".hydra/overrides.yaml"), *directory.glob(".hydra_*/overrides.yaml")]
+    if not records:
+        raise ValueError(f"{given[-1]}: no run was started there (it has no .hydra/overrides.yaml)")
+    newest = max(records, key=lambda record: int(record.parent.name.partition("_")[2] or 0))
+    again = {argument.partition("=")[0] for argument in arguments}
+    saved = [str(override) for override in OmegaConf.load(newest)]
+    return [*(override for override in saved if override.partition("=")[0] not in again), *arguments]

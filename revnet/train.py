@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +15,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from revnet.cli import command
+from revnet.mistakes import leave
 from revnet.reversible import compile_branches
+from revnet.run_directory import with_saved_overrides
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
-    from pytorch_lightning import LightningDataModule
+    from pytorch_lightning import LightningDataModule, Trainer
 
     from revnet.training import Classifier
 
-__all__ = ["build", "train", "main"]
+__all__ = ["build", "refuse_contradictions", "train", "main"]
+
+log = logging.getLogger(__name__)
 
 
 def build(cfg: DictConfig) -> tuple[LightningDataModule, Classifier]:
@@ -58,6 +65,25 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Classifier]:
     return data, classifier
 
 
+def refuse_contradictions(trainer: DictConfig) -> None:
+    """Look at the trainer's settings before any data is read.
+
+    Raises:
+        ValueError: a precision that the device does not have, or processes that are to share the work but are one.
+    """
+    cuda = trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+    cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
+    precision = str(trainer.precision)
+    if cpu and precision.startswith("16"):
+        raise ValueError(f"trainer.precision={precision} needs a GPU: on a CPU choose bf16-mixed or 32-true")
+    if cpu and trainer.sync_batchnorm:
+        raise ValueError("trainer.sync_batchnorm=true needs GPUs: on CPUs leave it out")
+    if cuda and precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"trainer.precision={precision} is not for {torch.cuda.get_device_name()}: choose 16-mixed or 32-true"
+        )
+
+
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train, test and print a summary.
 
@@ -70,14 +96,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
         Every metric of the last epoch and of the test, and the figures of the `TrainingMonitor`, by name.
 
     Raises:
-        ValueError: if the parts of the configuration do not go together, or `cfg.ckpt_path` is of other parts.
+        ValueError: if the parts of the configuration do not go together, or `cfg.ckpt_path` is of other parts; if a
+            step takes more memory than there is, or the training diverges.
+        OSError: if something cannot be written.
+        SystemExit: at SIGTERM (status 143) and Ctrl-C (130), with one line that says how to go on.
     """
     import pytorch_lightning as pl
+    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+    from pytorch_lightning.strategies import DDPStrategy
 
     from revnet.training import (
+        AtomicCheckpoints,
         TrainingMonitor,
         environment,
         load_weights,
+        newest_checkpoint,
         print_summary,
         read_checkpoint,
         spend_memory,
@@ -87,6 +120,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise ValueError(f"seed={cfg.seed}: give an integer from 0 to 2**32 - 1")
     if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
         raise ValueError(f"threads={cfg.threads}: give a number of threads, at least 1, or null")
+    refuse_contradictions(cfg.trainer)
     pl.seed_everything(cfg.seed, workers=True)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -102,22 +136,36 @@ def train(cfg: DictConfig) -> dict[str, float]:
         )
     if cfg.compile:
         compile_branches(classifier.network)
-    if cfg.ckpt_path is not None:
-        load_weights(classifier, read_checkpoint(cfg.ckpt_path), cfg.ckpt_path)
+    ckpt_path = cfg.ckpt_path
+    if ckpt_path == "last":
+        found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))
+        ckpt_path = None if found is None else str(found)
+        log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
+    if ckpt_path is not None:
+        load_weights(classifier, read_checkpoint(ckpt_path), ckpt_path)
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node is not None]
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
         callbacks=callbacks,
         logger=[instantiate(node) for node in cfg.logger.values()],
+        plugins=[AtomicCheckpoints(), *(instantiate(cfg.trainer.get("plugins"), _convert_="all") or [])],
         default_root_dir=cfg.run_dir,
     )
+    if trainer.world_size == 1 and isinstance(trainer.strategy, DDPStrategy):
+        raise ValueError(
+            "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "
+            "choose trainer=gpu or trainer=cpu, or more devices"
+        )
     record = Path(cfg.run_dir, "environment.json")
     if trainer.is_global_zero and not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(environment(), indent=2) + "\n")
+    for logger in trainer.loggers:
+        if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # beside their files lies .hydra/config.yaml
+            logger.log_hyperparams(classifier.config)
 
-    trainer.fit(classifier, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    _fit(trainer, classifier, data, ckpt_path, cfg)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     epochs = trainer.current_epoch
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -132,7 +180,37 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-@command("train")
+def _fit(
+    trainer: Trainer, classifier: Classifier, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig
+) -> None:
+    """Train, and say in one line what has ended the training early."""
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+    from revnet.training import LastCheckpoint, is_out_of_memory, memory_of, out_of_memory
+
+    try:
+        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SIGTERMException:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
+        what = "Ctrl-C" if last is not None and last.interrupted else "SIGTERM"
+        how = f"go on with revnet-train run_dir={cfg.run_dir} ckpt_path=last"
+        line = f"stopped by {what} after step {trainer.global_step}: {how if last else 'nothing was saved'}"
+        leave("train", line, 130 if what == "Ctrl-C" else 143)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(error.errno, error.strerror, cfg.run_dir) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        shape = (cfg.data.batch_size, *data.image_shape)  # type: ignore[attr-defined]
+        optimizer = instantiate(cfg.optimizer, _convert_="all")
+        memory = memory_of(trainer.strategy.root_device)
+        raise ValueError(out_of_memory(classifier.network, shape, cfg.trainer.precision, optimizer, memory)) from error
+
+
+@command("train", prepare=lambda: sys.argv.__setitem__(slice(1, None), with_saved_overrides(sys.argv[1:])))
 def main(cfg: DictConfig) -> float | None:
     """Train as the command line says, and give a sweeper its metric."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir

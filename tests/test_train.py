@@ -141,7 +141,9 @@ def test_a_run_is_resumed_in_its_directory(tmp_path: Path) -> None:
     assert train("run_dir=here", "ckpt_path=here/checkpoints/last.ckpt", "trainer.max_epochs=2") == 0
     assert torch.load("here/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     assert (tmp_path / "here/csv/version_0/metrics.csv").read_bytes() == first
-    assert (tmp_path / "here/csv/version_1/metrics.csv").exists()
+    with (tmp_path / "here/csv/version_1/metrics.csv").open() as file:
+        losses = [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+    assert losses == ["0", "1", "2", "3"]  # the whole training, nothing twice
 
 
 def test_a_sequence_beyond_the_threshold_of_drift_stores_and_one_line_says_so(tmp_path: Path) -> None:
@@ -194,12 +196,12 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
         (["seed=${nothing}"], r".*'nothing' not found.*"),
         (["model.num_classes=7"], r".*num_classes=7.* 10 classes.*"),
         (["model.activations=forget"], r"activations must be one of .*'forget'.*"),
-        (["optimizer.lr=fast"], r"optimizer: .*"),
+        (["optimizer.lr=fast"], r"optimizer.*: .*"),
         (["optimizer.lr=-1"], r"optimizer: Invalid learning rate: -1"),
         (["scheduler=step", "scheduler.milestones=[40000]"], r"scheduler: milestones .*\[40000\]"),
         (["trainer.max_epochs=-1"], r"the schedule needs to know .*"),
         (["+model.width=3"], r"model: .*'width'.*"),
-        (["+trainer.steps=3"], r"trainer: .*'steps'"),
+        (["+trainer.steps=3"], r".*trainer.*steps.*"),
         (["ckpt_path=nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file"),
         (["callbacks.drift.warn_above=-1"], r"warn_above=-1: give a relative error, at least 0, or None"),
         (

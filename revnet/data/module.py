@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from revnet.data.augment import cutout, mixing, random_crop, random_flip
 from revnet.data.datasets import Batch, FileImages, TensorImages, whole_batch

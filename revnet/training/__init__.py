@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from revnet.training.checkpoints import load_weights, read_checkpoint
+from revnet.training.checkpoints import AtomicCheckpoints, load_weights, newest_checkpoint, read_checkpoint
 from revnet.training.classifier import Classifier
+from revnet.training.continuation import Continuation
 from revnet.training.drift_guard import DriftGuard
 from revnet.training.environment import environment
-from revnet.training.memory_budget import spend_memory
+from revnet.training.fully_shard import FullyShard
+from revnet.training.last_checkpoint import LastCheckpoint
+from revnet.training.loss_guard import LossGuard
+from revnet.training.memory_budget import is_out_of_memory, memory_of, out_of_memory, spend_memory
 from revnet.training.monitor import TrainingMonitor
 from revnet.training.parameter_groups import parameter_groups
 from revnet.training.schedules import constant_rate, one_cycle, step_decay, warmup_cosine
 from revnet.training.summary import print_summary
+from revnet.training.weight_average import WeightAverage
 
 __all__ = [
     "Classifier",
@@ -21,9 +26,19 @@ __all__ = [
     "constant_rate",
     "TrainingMonitor",
     "DriftGuard",
+    "LossGuard",
+    "LastCheckpoint",
+    "Continuation",
+    "AtomicCheckpoints",
+    "FullyShard",
     "spend_memory",
+    "is_out_of_memory",
+    "out_of_memory",
+    "memory_of",
+    "newest_checkpoint",
     "read_checkpoint",
     "load_weights",
     "print_summary",
     "environment",
+    "WeightAverage",
 ]

@@ -1,7 +1,10 @@
-"""Checkpoints, read back with care."""
+"""Checkpoints, written so that none is lost and read back with care."""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import pickle
 from collections.abc import Mapping
 from os import PathLike
@@ -9,10 +12,69 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from revnet.training.classifier import Classifier
 
-__all__ = ["read_checkpoint", "load_weights"]
+__all__ = ["AtomicCheckpoints", "newest_checkpoint", "read_checkpoint", "load_weights"]
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that whatever happens the file there is a whole one.
+
+    (Lightning's own writes into the system's directory of temporary files: moved to another disk that is a copy, and
+    what it replaces is lost if it fails.) For the trainer's argument `plugins`.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write the file `path`.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the error names the path, and the file that was there
+                before stays as it was.
+        """
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            if part.is_file():
+                part.unlink()
+            line = f"{error.strerror}: no checkpoint could be written, those of before are whole"
+            raise OSError(error.errno, line, str(path)) from error
+
+
+def newest_checkpoint(directory: str | PathLike[str]) -> Path | None:
+    """The newest file `*.ckpt` that can be read; one of the best weights only where there is no other.
+
+    A file that cannot be read, as one cut short, is passed over with one line in the log.
+
+    Args:
+        directory: where a run puts its checkpoints; it need not exist.
+
+    Returns:
+        A path, or None where there is none.
+    """
+    paths = list(Path(directory).glob("*.ckpt"))
+    for path in sorted(paths, key=lambda path: (path.stem.startswith("best"), -path.stat().st_mtime_ns)):
+        try:
+            read_checkpoint(path)
+        except ValueError:  # noqa: PERF203
+            log.warning("%s cannot be read (cut short?) and is passed over", path)
+        else:
+            return path
+    return None
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from revnet.training.fully_shard import FullyShard, shard
 from revnet.training.parameter_groups import parameter_groups
 
 __all__ = ["Classifier"]
@@ -102,10 +103,16 @@ class Classifier(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, accuracy: Metric) -> Tensor:
         images, labels = batch
         logits = self(images)
-        accuracy.update(logits.detach(), labels)
+        # Labels of mixed images are shares of the classes, of which the largest counts.
+        accuracy.update(logits.detach(), labels if labels.ndim == 1 else labels.argmax(dim=1))
         # Once an epoch, so that the progress bar does not wait for the device at every step.
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
         return self.loss(logits, labels)
+
+    def configure_model(self) -> None:
+        """Shard the network where the strategy asks for it."""
+        if isinstance(self.trainer.strategy, FullyShard):
+            shard(self.network, self.trainer.strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over `parameter_groups`, and the schedule over the steps that the trainer will take."""

@@ -1,20 +1,23 @@
-"""A memory budget for a training: the activations of its network are planned to fit."""
+"""A memory budget for a training: the activations of its network are planned to fit, and advice where they did not."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from revnet.profiling import parse_bytes, plan
+from revnet.profiling import estimate, max_batch, parse_bytes, plan
 from revnet.reversible import set_activations
 
-__all__ = ["spend_memory"]
+__all__ = ["spend_memory", "is_out_of_memory", "out_of_memory", "memory_of"]
 
 log = logging.getLogger(__name__)
 
+HEADROOM = 0.9  # of a device; the rest is for workspaces of convolutions and what the allocator cannot use
 DTYPES = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -50,3 +53,63 @@ def spend_memory(
     found = plan(network, input_shape, budget, DTYPES[str(precision)], optimizer)
     set_activations(network, found)
     log.info("memory_budget=%s: %s", memory_budget, found)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a device or of the CPU, has no more to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(
+    network: nn.Module,
+    input_shape: Sequence[int],
+    precision: str,
+    optimizer: Callable[..., torch.optim.Optimizer] | None,
+    memory: int,
+) -> str:
+    """One line on a step that did not fit: what it takes, what there is and what would fit.
+
+    Args:
+        network: what was trained.
+        input_shape: of a batch on one device.
+        precision: of the trainer, such as "bf16-mixed".
+        optimizer: function from parameters to an optimizer.
+        memory: bytes that there are, see `memory_of`.
+    """
+    batch, *shape = input_shape
+    dtype, budget = DTYPES.get(str(precision)), int(HEADROOM * memory)
+    line = (
+        f"out of memory at a batch of {batch} images of shape {tuple(shape)}: there are {memory / 1e6:,.0f} MB in all"
+    )
+    try:
+        taken = estimate(network, input_shape, dtype, optimizer).total
+        line += f", and the training step takes {taken / 1e6:,.0f} MB"
+        if taken <= budget:
+            return f"{line}: something else holds the rest; end it, or try a smaller data.batch_size"
+        remedies = [f"data.batch_size={max_batch(network, budget, shape, dtype, optimizer)} or less fits"]
+    except ValueError as error:  # not even one image fits, or the network cannot be estimated
+        return f"{line}: {error}"
+    try:
+        planned = plan(network, input_shape, budget, dtype, optimizer)
+    except ValueError:  # no sequence, or no plan fits
+        pass
+    else:
+        cost = f"{planned.memory.total / 1e6:,.0f} MB, {planned.seconds_over_store:.2f} times the time of storing"
+        remedies.append(f"memory_budget={budget // 10**6}MB keeps this batch ({cost})")
+    return f"{line}: {', and '.join(remedies)}"
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a process may have on a device.
+
+    Of a GPU those that are free or already this process's; else the smaller of the machine's and the process's limit.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if sys.platform == "win32":
+        return 2**63 - 1  # the system does not tell
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical if limit == resource.RLIM_INFINITY else min(limit, physical)

@@ -60,7 +60,8 @@ class TrainingMonitor(Callback):
         """Count the images, and log where the trainer logs."""
         self._window_images += len(batch[0]) * trainer.world_size
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if 0 < interval <= trainer.global_step - self._window_step:
+        step = trainer.global_step
+        if interval > 0 and step % interval == 0 and step > self._window_step:  # the same steps in a resumed training
             self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,3 +1,5 @@
+import errno
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +10,14 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from revnet.training import Classifier, load_weights, one_cycle, read_checkpoint
+from revnet.training import (
+    AtomicCheckpoints,
+    Classifier,
+    load_weights,
+    newest_checkpoint,
+    one_cycle,
+    read_checkpoint,
+)
 from tests.training.tiny import tiny_network
 
 Fit = Callable[..., pl.Trainer]
@@ -93,3 +102,31 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match="'state_dict'"):
         read_checkpoint(tmp_path / "weights.ckpt")
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "some.ckpt"
+    AtomicCheckpoints().save_checkpoint({"state_dict": {}, "epoch": 1}, path)
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("revnet.training.checkpoints.os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: no checkpoint .*some.ckpt"):
+        AtomicCheckpoints().save_checkpoint({"state_dict": {}, "epoch": 2}, path)
+    assert read_checkpoint(path)["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_newest_that_can_be_read_is_found(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+    for age, name in enumerate(("best", "next", "last", "previous", "other")):
+        path = tmp_path / f"{name}.ckpt"
+        torch.save({"state_dict": {}}, path)
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "next.ckpt").write_bytes((tmp_path / "next.ckpt").read_bytes()[:100])
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == tmp_path / "previous.ckpt"
+    for name in ("previous", "other"):
+        (tmp_path / f"{name}.ckpt").unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "best.ckpt"

@@ -1,6 +1,7 @@
 """A memory budget for a training."""
 
 import logging
+import re
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from revnet.models import revnet38
 from revnet.profiling import estimate, measure_memory
 from revnet.reversible import slots
-from revnet.training import spend_memory
+from revnet.training import is_out_of_memory, out_of_memory, spend_memory
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 SHAPE = (8, 3, 16, 16)
@@ -31,3 +32,25 @@ def test_the_step_fits_and_the_plan_is_logged(accumulates, caplog):
 def test_a_precision_that_cannot_be_planned_for_is_refused():
     with pytest.raises(ValueError, match=r"memory_budget=1GB is planned for trainer.precision .*, got 64-true"):
         spend_memory(revnet38(), "1GB", SHAPE, "64-true", SGD)
+
+
+def test_what_did_not_fit_is_told_with_what_would() -> None:
+    network = revnet38(activations="store")
+    line = out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 12_000_000)
+    assert re.match(r"out of memory at a batch of 32 images of shape \(3, 8, 8\): there are 12 MB in all, and ", line)
+    found = re.search(r"step takes (\d+) MB: data.batch_size=(\d+) or less fits, and memory_budget=10MB keeps", line)
+    assert found is not None, line
+    assert int(found[1]) > 10
+    batch = int(found[2])
+    least, more = (estimate(network, (b, 3, 8, 8), None, SGD).total for b in (batch, batch + 1))
+    assert least <= 10_800_000 < more
+    assert "something else holds the rest" in out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 10**9)
+    assert "a batch of 1 takes" in out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 1000)
+
+
+def test_an_allocator_that_has_no_more_is_recognised() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("something else"))

@@ -1,0 +1,183 @@
+"""What a checkpoint must hold, beyond weights and optimizer, so that a training goes on as if never interrupted."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
+from torchmetrics import Metric
+
+__all__ = ["Continuation"]
+
+KEY = "continuation"
+
+
+class Continuation(Callback):
+    """Keep in every checkpoint the random numbers, metrics, gradients and log of the moment, and go on from there.
+
+    On one kind of hardware a training that is resumed then gives the same bits as one that was never interrupted, from
+    the middle of an epoch too, provided that the training's loader is seeded by the epoch and keeps its place, as those
+    of `revnet.data` do, and that random changes of images are not drawn in a loader's processes.
+
+    - Random numbers of torch (the CPU and the current device), Python and NumPy.
+    - In the middle of an epoch the sums of every metric (`torchmetrics.Metric`) of the module, and the gradients if
+      the optimizer step that they belong to is still to come.
+    - The lines of the log: each resumed training has a version of its own, and `metrics.csv` there begins with the
+      lines up to the checkpoint. The newest version is thus the record of the whole training, nothing twice and
+      nothing of what came after the checkpoint. (Other loggers show each version by itself.)
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the state of the moment into a checkpoint."""
+        logs = {}
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()
+                if isinstance(logger, CSVLogger):
+                    logs[str(logger.name)] = [Path(logger.log_dir).name, len(_lines(_file(logger)))]
+        epoch = trainer.fit_loop.epoch_progress.current
+        unfinished = epoch.processed < epoch.ready  # type: ignore[attr-defined]
+        checkpoint[KEY] = {
+            "random": _random_state(pl_module.device),
+            "unfinished": unfinished,
+            "metrics": {name: _copy(value) for name, value in trainer.callback_metrics.items()},
+            "sums": _sums(pl_module) if unfinished else {},
+            "gradients": _gradients(trainer, pl_module),
+            "logs": logs,
+            "unlogged": _unlogged(trainer),
+        }
+        if not unfinished:
+            _leave_epoch(checkpoint["loops"]["fit_loop"])
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the state out of a checkpoint."""
+        self._loaded = checkpoint.get(KEY, {})
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with metrics and log. A training that is resumed when it has ended gets no further than here."""
+        if not self._loaded:
+            return
+        trainer.callback_metrics.update(self._loaded["metrics"])
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, CSVLogger) and str(logger.name) in self._loaded["logs"]:
+                version, count = self._loaded["logs"][str(logger.name)]
+                for line in _lines(_file(logger).parents[1] / version / logger.experiment.NAME_METRICS_FILE)[:count]:
+                    step = int(line.pop("step"))
+                    logger.log_metrics({key: text for key, text in line.items() if text}, step)  # type: ignore[misc]
+            if self._loaded["unlogged"]:
+                step, metrics = self._loaded["unlogged"]
+                logger.log_metrics(dict(metrics), step)
+            logger.save()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the rest, after everything that draws random numbers before the first step."""
+        if not self._loaded:
+            return
+        loaded, self._loaded = self._loaded, {}
+        _reopen_loader(trainer.fit_loop)
+        if not loaded["unfinished"]:  # Lightning takes the epoch for interrupted wherever it is given max_steps
+            trainer.fit_loop.epoch_loop.restarting = False
+        for name, sums in loaded["sums"].items():
+            metric = pl_module.get_submodule(name)
+            for key, value in sums.items():
+                setattr(metric, key, value.to(pl_module.device))
+        for name, gradient in loaded["gradients"].items():
+            parameter = pl_module.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
+        _set_random_state(loaded["random"], pl_module.device)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],  # plain values, which are safe to load
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _copy(value: Any) -> torch.Tensor:
+    return torch.as_tensor(value).detach().cpu().clone()
+
+
+def _sums(pl_module: pl.LightningModule) -> dict[str, dict[str, torch.Tensor]]:
+    metrics = {name: module for name, module in pl_module.named_modules() if isinstance(module, Metric)}
+    return {
+        name: {key: _copy(value) for key, value in metric.metric_state.items() if isinstance(value, torch.Tensor)}
+        for name, metric in metrics.items()
+        if metric.update_called
+    }
+
+
+def _gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    if not trainer.fit_loop._should_accumulate():
+        return {}
+    return {name: _copy(p.grad) for name, p in pl_module.named_parameters() if p.grad is not None}
+
+
+def _unlogged(trainer: pl.Trainer) -> list[Any]:
+    """The step and the metrics that Lightning logs right after the hook in which a checkpoint is made, if it does."""
+    fit_loop, epoch_loop, connector = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer._logger_connector
+    epoch, batch = fit_loop.epoch_progress.current, epoch_loop.batch_progress.current
+    step = epoch_loop._batches_that_stepped
+    if epoch.processed > epoch.completed:  # type: ignore[attr-defined]
+        step -= 1
+    elif not (
+        batch.processed > batch.completed  # type: ignore[attr-defined]
+        and connector.should_update_logs
+        and not epoch_loop._should_accumulate()
+    ):
+        return []
+    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    return [step, {**metrics, "epoch": trainer.current_epoch}] if metrics else []
+
+
+def _leave_epoch(fit_loop: dict[str, Any]) -> None:
+    """Count an epoch as completed whose last hooks are running, so that to resume is to begin the next one."""
+    for counts in fit_loop["epoch_progress"].values():
+        counts["completed"] = counts["processed"]
+    fit_loop["state_dict"].pop("combined_loader", None)
+
+
+def _reopen_loader(fit_loop: Any) -> None:
+    """Make the training's loader again: to tell a schedule its length, Lightning made it before it knew the place."""
+    fit_loop._data_fetcher.teardown()
+    fit_loop._combined_loader = None
+    fit_loop.setup_data()
+
+
+def _file(logger: CSVLogger) -> Path:
+    return Path(logger.log_dir) / logger.experiment.NAME_METRICS_FILE
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))

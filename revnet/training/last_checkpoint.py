@@ -1,0 +1,94 @@
+"""The checkpoint that a training goes on from, whatever has stopped it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+__all__ = ["LastCheckpoint"]
+
+
+class LastCheckpoint(Checkpoint):
+    """Save the state of a training as `last.ckpt`, and keep the one before as `previous.ckpt`.
+
+    Saved is at the end of every epoch, every so many optimizer steps, and when the training is told to stop by SIGTERM
+    or Ctrl-C: it then ends after the step at hand. (A second Ctrl-C ends it at once, unsaved.)
+
+    Args:
+        dirpath: directory of the checkpoints.
+        every_n_train_steps: optimizer steps between two checkpoints within an epoch; None for the ends of epochs alone.
+
+    Attributes:
+        saved: path of the newest checkpoint of this process; None before the first.
+        interrupted: whether Ctrl-C has stopped the training.
+
+    Raises:
+        ValueError: `every_n_train_steps` is no positive integer.
+    """
+
+    def __init__(self, dirpath: str | os.PathLike[str], every_n_train_steps: int | None = 500) -> None:
+        if every_n_train_steps is not None and (not isinstance(every_n_train_steps, int) or every_n_train_steps < 1):
+            raise ValueError(f"every_n_train_steps={every_n_train_steps}: give a number of steps, at least 1, or null")
+        self.dirpath = Path(dirpath)
+        self.every_n_train_steps = every_n_train_steps
+        self.saved: Path | None = None
+        self.interrupted = False
+        self._saved_step = 0
+        self._handler: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from here, and listen to Ctrl-C."""
+        self._saved_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time, and neither the epoch's end nor validation, which belongs to this step, is to come."""
+        steps = self.every_n_train_steps
+        due = steps is not None and trainer.global_step % steps == 0 and trainer.global_step != self._saved_step
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if due and fetcher and not loop._is_training_done and not loop._should_check_val_fx(fetcher):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save."""
+        self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save if the training was told to stop: Lightning then stops between two steps."""
+        self._stop_listening()
+        if isinstance(exception, SIGTERMException):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave Ctrl-C to others."""
+        self._stop_listening()
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        last, written = self.dirpath / "last.ckpt", self.dirpath / "next.ckpt"
+        trainer.save_checkpoint(written)
+        if trainer.is_global_zero:
+            if last.exists():
+                last.replace(self.dirpath / "previous.ckpt")
+            written.replace(last)
+        self.saved, self._saved_step = last, trainer.global_step
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_listening()
+        self.interrupted = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _stop_listening(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None

@@ -1,0 +1,354 @@
+"""A training that is stopped at any moment and goes on ends as if it had never been stopped, to the bit."""
+
+import csv
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from revnet import train as train_module
+from revnet.training import Classifier
+from tests.commands import invoke
+
+TRAINING = (
+    "data=fake",
+    "data.image_shape=[3,8,8]",
+    "data.train_size=214",  # six batches an epoch, and the rest of one
+    "data.padding=1",
+    "data.flip=true",
+    "trainer=cpu",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=2",
+    "threads=1",
+    "logger=csv",
+    "callbacks.last.every_n_train_steps=4",
+    *("callbacks.model_summary=null", "+trainer.enable_model_summary=false"),
+    *("callbacks.progress_bar=null", "+trainer.enable_progress_bar=false"),
+)
+TIMES = {"images_per_second", "peak_memory_mib"}
+
+
+def train(directory: Path, *overrides: str) -> int:
+    return invoke(train_module.main, f"run_dir={directory}", *overrides)
+
+
+def start(directory: Path, *overrides: str, script: str = "") -> subprocess.Popen[str]:
+    """Start a training in a process of its own; `script` is run there before it."""
+    code = f"{script}\nfrom revnet.train import main\nmain()"
+    command = [sys.executable, "-c", code, f"run_dir={directory}", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """Everything that a training leaves, but for times."""
+    last = torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
+    best = torch.load(directory / "checkpoints/best.ckpt", weights_only=True)
+    newest = max((directory / "csv").iterdir(), key=lambda version: int(version.name.partition("_")[2]))
+    with (newest / "metrics.csv").open() as file:
+        lines = [
+            {key: text for key, text in line.items() if text and key not in TIMES} for line in csv.DictReader(file)
+        ]
+    return {
+        "lines": lines,
+        **{key: last[key] for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")},
+        "random": last["continuation"]["random"],
+        "best": best["state_dict"],
+    }
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    if isinstance(one, Tensor):
+        return [] if torch.equal(one, other) else [where]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [f"{where}: {sorted(one.keys() ^ other.keys())}"]
+        return [found for key in one for found in differences(one[key], other[key], f"{where}.{key}")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return [f"{where}: {len(one)} and {len(other)}"]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for index, (a, b) in pairs for found in differences(a, b, f"{where}[{index}]")]
+    return [] if one == other else [f"{where}: {one!r} and {other!r}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """What a training with these overrides leaves that nothing has stopped."""
+    outcomes: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def run(*overrides: str) -> dict[str, Any]:
+        if overrides not in outcomes:
+            directory = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert train(directory, *TRAINING, *overrides) == 0
+            outcomes[overrides] = outcome(directory)
+        return outcomes[overrides]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("hook", "call"),
+    [("on_train_batch_end", 11), ("on_train_epoch_end", 2)],
+    ids=["in the middle of an epoch", "at the end of an epoch"],
+)
+def test_a_killed_training_goes_on_to_the_same_bits(
+    hook: str, call: int, undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    script = f"""
+import itertools, os, signal
+from revnet.training import LastCheckpoint
+calls, own = itertools.count(1), LastCheckpoint.{hook}
+def kill(*args):
+    own(*args)
+    if next(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+LastCheckpoint.{hook} = kill
+"""
+    killed = start(tmp_path / "run", *TRAINING, script=script)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert differences(undisturbed(), outcome(tmp_path / "run")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_training_killed_at_a_random_moment_goes_on_to_the_same_bits(
+    seed: int, undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    longer = ("trainer.max_epochs=40",)
+    process = start(tmp_path / "run", *TRAINING, *longer)
+    while not (tmp_path / "run/environment.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 8))
+    process.kill()
+    process.communicate()
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert differences(undisturbed(*longer), outcome(tmp_path / "run")) == []
+
+
+class Fault(pl.Callback):
+    """Sends a signal to this process at the end of a batch, counted from 1."""
+
+    def __init__(self, batch: int, signal: str) -> None:
+        self.batch = batch
+        self.signal = signal
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
+            os.kill(os.getpid(), getattr(signal, self.signal))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "status", "options"),
+    [
+        ("SIGTERM", 9, 143, ()),
+        ("SIGTERM", 12, 143, ()),  # an epoch's last
+        ("SIGINT", 10, 130, ()),
+        ("SIGTERM", 9, 143, ("data.num_workers=1",)),
+        ("SIGTERM", 9, 143, ("trainer.accumulate_grad_batches=2",)),
+        ("SIGTERM", 9, 143, ("trainer.max_steps=16",)),
+        ("SIGTERM", 12, 143, ("trainer.max_steps=16",)),
+    ],
+)
+def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
+    name: str,
+    batch: int,
+    status: int,
+    options: tuple[str, ...],
+    undisturbed: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    expected = undisturbed(*options)
+    capsys.readouterr()
+    fault = f"+callbacks.fault={{_target_:tests.test_faults.Fault,batch:{batch},signal:{name}}}"
+    assert train(tmp_path / "run", *TRAINING, *options, fault) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    step = batch // 2 if "trainer.accumulate_grad_batches=2" in options else batch
+    what = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}[name]
+    command = f"run_dir={tmp_path / 'run'} ckpt_path=last"
+    assert line == f"revnet-train: stopped by {what} after step {step}: go on with revnet-train {command}"
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert differences(expected, outcome(tmp_path / "run")) == []
+
+
+def stopped(directory: Path, capsys: pytest.CaptureFixture) -> None:
+    """A training that was stopped after step 9: `previous.ckpt` is of step 8."""
+    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:9,signal:SIGTERM}"
+    assert train(directory, *TRAINING, fault) == 143
+    capsys.readouterr()
+
+
+def test_a_checkpoint_cut_short_is_passed_over(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stopped(tmp_path / "run", capsys)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
+    said = (tmp_path / "run/train.log").read_text()
+    assert re.search(r"last.ckpt cannot be read \(cut short\?\) and is passed over", said)
+    assert re.search(r"going on from .*previous.ckpt", said)
+    assert differences(undisturbed(), outcome(tmp_path / "run")) == []
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_older_checkpoints(
+    undisturbed: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fourth checkpoint of `last` does not find room."""
+    written: list[int] = []
+
+    def fsync(file: int) -> None:
+        written.append(file)
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("revnet.training.checkpoints.os.fsync", fsync)
+        assert train(tmp_path / "run", *TRAINING) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"revnet-train: .*No space left on device: no checkpoint could be .*ckpt'", line)
+    folder = tmp_path / "run/checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    steps = [torch.load(folder / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("previous", "last")]
+    assert steps[0] < steps[1] < 18
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert differences(undisturbed(), outcome(tmp_path / "run")) == []
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "run", *TRAINING, f"callbacks.last.dirpath={tmp_path}/file/checkpoints") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"revnet-train: .*Not a directory: .*file/checkpoints/next.ckpt.*", line)
+
+
+class NotANumber(nn.CrossEntropyLoss):
+    """A loss that is nan from one call on."""
+
+    def __init__(self, call: int, label_smoothing: float) -> None:
+        super().__init__(label_smoothing=label_smoothing)
+        self.calls_left = call
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.calls_left -= 1
+        return super().forward(logits, labels) * (float("nan") if self.calls_left < 1 else 1)
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed: list[Tensor] = []
+    step = Classifier.training_step
+
+    def spy(self: Classifier, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        fed.append(batch[1].clone())
+        self.data = self.trainer.datamodule
+        indices = self.data.batch_indices(self.trainer.current_epoch, batch_index)
+        assert torch.equal(self.data.load()[0].labels[indices], batch[1])
+        return step(self, batch, batch_index)
+
+    monkeypatch.setattr(Classifier, "training_step", spy)
+    loss = ("classifier.loss._target_=tests.test_faults.NotANumber", "+classifier.loss.call=10")
+    assert train(tmp_path / "run", *TRAINING, *loss) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    found = re.search(
+        r"the loss is nan at step 10 \(epoch 1, batch 3, training images ([\d, ]+) and 24 more.*\), the largest "
+        r"reconstruction error last seen is 0.0e\+00, in 'layer\d': .* lower optimizer.lr",
+        line,
+    )
+    assert found is not None, line
+    assert len(found[1].split(", ")) == 8
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 8
+    assert all(tensor.isfinite().all() for tensor in last["state_dict"].values())
+
+
+def test_a_step_that_takes_more_memory_than_there_is_says_what_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Classifier, "training_step", fail)
+    assert train(tmp_path / "run", *TRAINING) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"out of memory at a batch of 32 images of shape \(3, 8, 8\): there are [\d,]+ MB in all", line)
+    assert re.search(r"the training step takes \d+ MB: something else holds the rest", line)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["trainer.precision=16-mixed"], r"trainer.precision=16-mixed needs a GPU: on a CPU choose bf16-mixed .*"),
+        (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1"], r"trainer.strategy=ddp is for several .*"),
+        (["memory_budget=1MB"], r".* the least possible is [\d,]+ bytes.*"),
+    ],
+)
+def test_settings_that_contradict_say_so_before_data_is_loaded(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("revnet.data.Fake.load", lambda self: pytest.fail("data was loaded"))
+    assert train(tmp_path / "run", *TRAINING, *options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"revnet-train: {message}", line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ckpt_path=last"], r".* its directory is needed: run_dir=.*"),
+        (["ckpt_path=last", "run_dir=nowhere"], r"run_dir=nowhere: no run was started there .*"),
+    ],
+)
+def test_there_must_be_a_run_to_go_on_with(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke(train_module.main, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"revnet-train: {message}", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_given_now_hold_on_top_of_those_that_were_saved(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", *TRAINING, "trainer.max_epochs=1") == 0
+    assert train(tmp_path / "run", "ckpt_path=last", "trainer.max_epochs=2") == 0
+    assert train(tmp_path / "run", "ckpt_path=last") == 0  # it has ended: it is tested again
+    config = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["config"]
+    assert config["trainer"]["max_epochs"] == 2
+    assert config["data"]["train_size"] == 214
+    assert outcome(tmp_path / "run")["global_step"] == 12
+
+
+def test_a_training_killed_before_its_first_checkpoint_begins_again(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "build", lambda cfg: sys.exit(9))
+        assert train(tmp_path / "run", *TRAINING) == 9
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert differences(undisturbed(), outcome(tmp_path / "run")) == []

@@ -1,0 +1,59 @@
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from revnet.training import Classifier, Continuation
+from tests.training.tiny import tiny_network
+
+
+class Draw(pl.Callback):
+    """Draws from every generator at every batch, and saves at one of them."""
+
+    def __init__(self, file: Path, save_at: int | None = None) -> None:
+        self.file = file
+        self.save_at = save_at
+        self.drawn: list[tuple[float, float, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))  # noqa: NPY002
+        if trainer.global_step == self.save_at:
+            trainer.save_checkpoint(self.file)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.parametrize("save_at", [2, 5, 6])
+def test_random_numbers_and_sums_go_on(save_at: int, fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    """The loader here does not keep its place: batches begin again, so that only their number is that of before."""
+
+    def run(draw: Draw, ckpt: Path | None = None) -> list[float]:
+        module = Classifier(tiny_network(), partial(torch.optim.SGD, lr=0.0))
+        counts: list[float] = []
+
+        class Count(pl.Callback):
+            def on_train_epoch_end(self, *args: Any) -> None:
+                counts.append(float(module.train_accuracy.tp.sum() + module.train_accuracy.fn.sum()))
+
+        fit(module, callbacks=[draw, Count(), Continuation()], ckpt=ckpt)
+        return counts
+
+    pl.seed_everything(1, verbose=False)
+    first = Draw(tmp_path / "some.ckpt", save_at)
+    assert run(first) == [20, 20]  # images in an epoch
+    pl.seed_everything(2, verbose=False)
+    second = Draw(tmp_path / "none.ckpt")
+    counts = run(second, tmp_path / "some.ckpt")
+    assert second.drawn == first.drawn[save_at:]
+    assert counts == [20, 20][-len(counts) :]
+
+
+def test_a_checkpoint_without_such_a_state_is_taken_as_it_is(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    module = partial(Classifier, tiny_network(), partial(torch.optim.SGD, lr=0.1))
+    fit(module(), max_epochs=1).save_checkpoint(tmp_path / "some.ckpt")
+    assert fit(module(), callbacks=[Continuation()], ckpt=tmp_path / "some.ckpt").global_step == 8

@@ -1,0 +1,50 @@
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from revnet.training import Classifier, LastCheckpoint
+from tests.training.tiny import tiny_network
+
+
+def classifier() -> Classifier:
+    return Classifier(tiny_network(), partial(torch.optim.SGD, lr=0.1))
+
+
+class Record(pl.Callback):
+    """The steps at which a checkpoint was made."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(None, [4, 8]), (3, [3, 4, 6, 8]), (2, [2, 4, 6, 8])])
+def test_it_saves_within_epochs_and_at_their_ends(
+    interval: int | None, steps: list[int], fit: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    record, last = Record(), LastCheckpoint(tmp_path / "here", interval)
+    fit(classifier(), callbacks=[record, last], enable_checkpointing=True)
+    assert record.steps == steps
+    found = {path.name: torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "here").iterdir()}
+    assert found == {"last.ckpt": steps[-1], "previous.ckpt": steps[-2]}
+    assert last.saved == tmp_path / "here/last.ckpt"
+
+
+def test_ctrl_c_is_left_to_others_when_the_training_has_ended(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    fit(classifier(), callbacks=[LastCheckpoint(tmp_path)], enable_checkpointing=True)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("interval", [0, -1, 2.5])
+def test_an_odd_interval_is_named(interval: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"every_n_train_steps={interval}: give a number of steps, at least 1"):
+        LastCheckpoint(tmp_path, interval)  # type: ignore[arg-type]
