@@ -66,7 +66,7 @@ class PreActResNet(Switched):
     default_activations: Activations = "store"
     # Maximum and ReLU commute, and behind the pooling the ReLU keeps a quarter.
     stem = ("conv1", "bn1", "maxpool", "relu")
-    tail = ("norm", "relu", "avgpool")
+    tail: tuple[str, ...] = ("norm", "relu", "avgpool")
 
     def __init__(
         self,
