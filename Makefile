@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-gpu lint check-wheel clean
+.PHONY: help train test test-slow test-gpu test-oldest lint check-wheel docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -23,6 +23,12 @@ test-slow: $(READY) ## The tests that take minutes
 test-gpu: $(READY) ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+test-oldest: ## The tests on the oldest supported torch, in an environment of their own
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install 'torch==2.11.*' 'torchvision==0.26.*' 'pytorch-lightning==2.6.0' \
+		--editable '.[dev]'
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -31,8 +37,12 @@ lint: $(READY) ## ruff and mypy
 check-wheel: $(READY) ## Build the wheel and use it away from the checkout
 	.ci/check_wheel $(BIN)/python
 
+docs: $(READY) ## API documentation, as pages in build/api
+	$(BIN)/python -m pdoc -d google -o build/api revnet revnet.reversible revnet.models revnet.flows \
+		revnet.profiling revnet.data revnet.training revnet.report
+
 clean: ## Remove the environment and everything that tools have written
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A Python without ensurepip cannot put pip into the environment; its own pip then does.

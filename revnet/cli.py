@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from revnet.mistakes import leave, mistake
+from revnet.arguments import check_overrides
+from revnet.mistakes import leave, mistake, valid
 
 __all__ = ["command", "compose"]
 
@@ -25,7 +28,14 @@ NOISE = (  # Lightning, on its own use of torch and on what is meant so: no vali
     r"You defined a `validation_step` but have no `val_dataloader`",
     r"`ModelCheckpoint\(monitor='val/accuracy'\)` could not find the monitored key",
     r"Checkpoint directory .* exists and is not empty",
+    r"You're using the WeightAveraging callback with a model that overrides the configure_model",
+    r"You requested to overfit but enabled .* shuffling",
+    r"Callback KeepRuns\.on_run_start raised Interpolation",  # Hydra, which then raises the same as an error
 )
+
+
+class JobFailed(Exception):
+    """A job of a sweep has failed and said so. Unlike most errors it can be sent from one process to another."""
 
 
 def command(
@@ -35,7 +45,8 @@ def command(
 
     A mistake of the user (see `mistake`) ends in one line on stderr, and so does Ctrl-C. The exit status is 2 if the
     mistake lies in the configuration, 1 if the job came across it, 130 at Ctrl-C. Any other exception keeps its
-    traceback, and with `HYDRA_FULL_ERROR=1` all do.
+    traceback, and with `HYDRA_FULL_ERROR=1` all do. A job of a sweep that fails, in this process or in another, says so
+    at once and leaves the others alone; the exit status is 1 in the end.
 
     Args:
         config_name: the primary configuration in `conf/`; the command is `revnet-CONFIG_NAME`.
@@ -43,36 +54,38 @@ def command(
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        reported: list[BaseException] = []
-
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
             os.environ.pop(FULL_ERROR, None)  # set below for this process, not for those that the job starts
             try:
+                _silence()  # here too: a launcher may run the job in another process
+                check_overrides(cfg, HydraConfig.get().overrides.task)
                 return task(cfg)
             except Exception as error:
                 line = mistake(error)
+                run = HydraConfig.get()
+                if run.mode == RunMode.MULTIRUN:
+                    if line is None:
+                        traceback.print_exc()
+                        line = f"{type(error).__name__}: {error}"
+                    line = f"{' '.join(run.overrides.task)}: {line}"
+                    print(f"revnet-{config_name}: {line}", file=sys.stderr)
+                    raise JobFailed(line) from error
                 if line is None:
                     raise
-                run = HydraConfig.get()
-                if run.mode == RunMode.RUN:
-                    leave(config_name, line, status=1)
-                # Hydra goes on with the other jobs of the sweep and raises this one again at the end.
-                print(f"revnet-{config_name}: {' '.join(run.overrides.task)}: {line}", file=sys.stderr)
-                reported.append(error)
-                raise
+                leave(config_name, line, status=1)
             finally:
                 os.environ[FULL_ERROR] = "1"
 
         def run(function: Callable[[DictConfig], Any]) -> None:
-            for message in NOISE:
-                warnings.filterwarnings("ignore", message)
+            _silence()
             if prepare is not None:
                 prepare()
             hydra.main(config_path="pkg://revnet.conf", config_name=config_name, version_base="1.3")(function)()
 
         @functools.wraps(task)
         def main() -> None:
+            _check_flags(config_name)
             if os.environ.get(FULL_ERROR) == "1":
                 return run(task)
             os.environ[FULL_ERROR] = "1"
@@ -80,9 +93,9 @@ def command(
                 run(job)
             except KeyboardInterrupt:
                 leave(config_name, "interrupted", status=130)
+            except JobFailed:
+                sys.exit(1)
             except Exception as error:
-                if error in reported:
-                    sys.exit(1)
                 line = mistake(error)
                 if line is None:
                     raise
@@ -93,6 +106,24 @@ def command(
         return main
 
     return decorate
+
+
+def _silence() -> None:
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
+def _check_flags(config_name: str) -> None:
+    """Leave with one line, and not with Hydra's page, where a flag is unknown or misused."""
+
+    def refuse(message: str) -> NoReturn:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        leave(config_name, f"{message}; {valid(unknown, flags)}" if unknown else message, status=2)
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args()
 
 
 def compose(config_name: str, *overrides: str) -> DictConfig:

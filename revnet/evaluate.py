@@ -1,53 +1,87 @@
-"""The command `revnet-eval`: test the network of a checkpoint."""
+"""The command `revnet-eval`: test the network of a checkpoint, or of a file of weights."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from revnet import models
 from revnet.cli import command
+from revnet.processes import rank
 from revnet.train import build
 
 __all__ = ["evaluate", "offer_checkpoint", "main"]
+
+CHECKPOINT = "ckpt_path=runs/NAME/DATE/checkpoints/best.ckpt"
 
 
 def offer_checkpoint(overrides: list[str]) -> None:
     """Give Hydra the configuration in a checkpoint, as the options `model=checkpoint`, `data=checkpoint` and the rest.
 
     They are the defaults of `revnet-eval`: its other overrides then change single values of them or choose other
-    options, as they do in any configuration.
+    options, as they do in any configuration. A file of weights gives the network alone.
 
     Args:
-        overrides: the command line, with `ckpt_path=PATH` in it. Only with a flag such as `--help` may it be missing.
+        overrides: the command line, with `ckpt_path=PATH` or `weights=PATH` in it. Only with a flag such as `--help`
+            may both be missing.
 
     Raises:
-        ValueError: if there is no checkpoint, or it does not say how its network and data were made.
+        ValueError: if there is not one file, or it does not say how its network and data were made.
     """
-    from revnet.training import read_checkpoint
-
-    config: dict = {"model": {}, "data": {}}
-    given = [override for override in overrides if override.startswith("ckpt_path=")]
-    if given:
-        override = OverridesParser.create().parse_override(given[-1])
-        if override.is_sweep_override():
-            raise ValueError(f"{given[-1]}: revnet-eval takes one checkpoint at a time")
-        checkpoint = read_checkpoint(str(override.value()))
-        if "config" not in checkpoint:
-            raise ValueError(f"{given[-1]} does not say how its network and data were made: it has no 'config'")
-        config = checkpoint["config"]
-    elif not any(override.startswith("-") for override in overrides):
-        raise ValueError("ckpt_path is missing: revnet-eval ckpt_path=runs/NAME/DATE/checkpoints/best.ckpt")
-    rest = {key: config[key] for key in ("name", "classifier") if key in config}
+    given = {}
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key in ("ckpt_path", "weights"):
+            override = OverridesParser.create().parse_override(text)
+            if override.is_sweep_override():
+                raise ValueError(f"{text}: revnet-eval takes one file at a time")
+            given[key] = str(override.value())
+    config: dict[str, Any] = {"model": {}, "data": {}, "task": {}}
+    if len(given) == 2:
+        raise ValueError(f"{' '.join(f'{key}={path}' for key, path in given.items())}: give one of the two")
+    if "ckpt_path" in given:
+        config = _of_checkpoint(given["ckpt_path"])
+    elif "weights" in given:
+        config = _of_weights(given["weights"])
+        if not any(text.startswith("data=") for text in overrides):
+            raise ValueError(f"weights={given['weights']} says nothing of data: add data=digits, or what is to be tested")
+    elif not any(text.startswith("-") for text in overrides):
+        raise ValueError(f"ckpt_path and weights are missing: revnet-eval {CHECKPOINT}, or weights=PATH data=digits")
+    rest = {key: config[key] for key in ("name",) if key in config}
     if "trainer" in config:
         rest["trainer"] = {"precision": config["trainer"]["precision"]}
     store = ConfigStore.instance()
     store.store(name="checkpoint", group="model", node=config["model"])
     store.store(name="checkpoint", group="data", node=config["data"])
+    store.store(name="checkpoint", group="task", node=config["task"])
     store.store(name="checkpoint", node=rest)
+
+
+def _of_checkpoint(path: str) -> dict[str, Any]:
+    from revnet.training import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    if "config" not in checkpoint:
+        raise ValueError(f"ckpt_path={path} does not say how its network and data were made: it has no 'config'")
+    return checkpoint["config"]
+
+
+def _of_weights(path: str) -> dict[str, Any]:
+    architecture = models.architecture_of(path)
+    # By `get_model`, which makes networks only: the file may come from anywhere.
+    network = {"_target_": "revnet.models.get_model", "name": architecture["model"]}
+    return {
+        "name": f"{architecture['model']}_${{hydra:runtime.choices.data}}",
+        "model": {"activations": None, "exact": None} | architecture["arguments"] | network,
+        "data": {},
+        "task": {"_target_": "revnet.training.Classifier"},
+    }
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -60,14 +94,25 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         The metrics of the test, by name.
 
     Raises:
-        ValueError: if the checkpoint does not fit the network that the configuration asks for.
+        ValueError: if the weights do not fit the network that the configuration asks for, or `cfg.save_weights` is
+            there already.
     """
     from pytorch_lightning.callbacks import RichProgressBar
 
     from revnet.training import load_weights, print_summary, read_checkpoint
 
-    data, classifier = build(cfg)
-    load_weights(classifier, read_checkpoint(cfg.ckpt_path), cfg.ckpt_path)
+    data, task = build(cfg)
+    if cfg.weights is not None:
+        models.load_weights(task.network, cfg.weights)
+    else:
+        load_weights(task, read_checkpoint(cfg.ckpt_path), cfg.ckpt_path)
+    files = {"tested weights": cfg.weights or cfg.ckpt_path}
+    if cfg.save_weights is not None:
+        files["written weights"] = cfg.save_weights
+        if rank() == 0:
+            if Path(cfg.save_weights).exists():
+                raise ValueError(f"save_weights={cfg.save_weights} exists already: remove it, or give another path")
+            models.save_weights(task.network, cfg.save_weights)
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
@@ -76,10 +121,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.test(classifier, datamodule=data, verbose=False)
+    trainer.test(task, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        print_summary(cfg.name, classifier, metrics, files={"tested weights": cfg.ckpt_path})
+        print_summary(cfg.name, task, metrics, files=files)
     return metrics
 
 

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import difflib
 import dis
+import inspect
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import requires
 from pathlib import Path
 from types import CodeType
 from typing import NoReturn
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.utils import get_object
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from revnet.processes import rank
 from revnet.reversible import ReconstructionError
 
-__all__ = ["mistake", "leave"]
+__all__ = ["mistake", "leave", "valid"]
 
 PACKAGE = Path(__file__).parent
+REFUSALS = ("hydra/_internal/utils.py", "lightning_fabric/plugins/environments/")  # of flags, of numbers of processes
+HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/output", "hydra/job_logging", "hydra/hydra_logging")
+LOST = r"DistBackendError|DistNetworkError|/gloo/"  # of torch.distributed, where another process does not answer
+SERVICES = ("wandb", "mlflow")  # whose errors speak of accounts, addresses and files
+SECONDS_TO_FIRST = 2  # torchrun ends the others a tenth of a second after one has failed
 
 
 def leave(config_name: str, line: str, status: int) -> NoReturn:
-    """End the command `revnet-CONFIG_NAME` with one line on stderr."""
-    print(f"revnet-{config_name}: {line}", file=sys.stderr)
+    """End the command `revnet-CONFIG_NAME` with one line on stderr.
+
+    The processes of a distributed run often find the same, and end together when the first has said so.
+    """
+    number = rank()
+    if number > 0:
+        time.sleep(SECONDS_TO_FIRST)
+    print(f"revnet-{config_name}{f' (process {number})' if number else ''}: {line}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -33,24 +50,28 @@ def mistake(error: BaseException) -> str | None:
 
     Mistakes are what Hydra and OmegaConf refuse, values that a configured object refuses with a ValueError or
     TypeError, errors of the file system that name a path, and every ValueError, TypeError or FileNotFoundError that
-    this package raises on purpose (by a `raise` statement, in this process or in a data loader's worker).
+    this package raises on purpose (by a `raise` statement, in this process or in a data loader's worker). So is the end
+    of another process of a distributed run.
 
     Returns:
         One line for the user, or None.
     """
-    configured = None
+    configured, target = "", ""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        configured, error = _target(error), error.__cause__
+        configured, target = _where(error)
+        error = error.__cause__
     line = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"unknown {group} {name!r}; {_valid(name, error.options)}"
+        return _unknown_option(error.missing_cfg_file, error.options)
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override and not error.override.startswith("~"):
+            return f"cannot read {error.override!r}: write KEY=VALUE, such as optimizer.lr=0.05"
         return f"cannot read {error.override!r}: {error.message.partition(chr(10))[0]}"
     if isinstance(error, HydraException):
         return (
             _unknown_key(error.__cause__)
             or _unknown_group(line)
+            or _chosen_twice(line)
             or " ".join(f"{error} {error.__cause__ or ''}".split())
         )
     if isinstance(error, OmegaConfBaseException) or type(error).__name__ == "MisconfigurationException":
@@ -65,22 +86,55 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
         if _raised_on_purpose(error):
             return line
-        return _worker_mistake(str(error)) or (configured and f"{configured}: {line}")
+        return _worker_mistake(str(error)) or (configured and _misfit(configured, target, line)) or None
+    if isinstance(error, RuntimeError) and re.search(LOST, f"{type(error).__name__} {line}"):
+        return f"another process of the run has ended or hangs; go on with run_dir=... ckpt_path=last ({line[:200]})"
+    if type(error).__module__.partition(".")[0] in SERVICES:
+        return line
     if configured and isinstance(error, ImportError):
-        return f"{configured}: {line}"
+        return f"{configured}: {_missing_extra(line) or line}"
     return None
 
 
-def _target(error: InstantiationException) -> str:
-    key = re.search(r"full_key: (\S+)", str(error))
-    target = re.search(r"target '([^']+)'", str(error))
-    found = key or target
-    return found[1] if found else "configuration"
-
-
-def _valid(name: str, names: Sequence[str]) -> str:
+def valid(name: str, names: Sequence[str]) -> str:
+    """The name that was meant, if one is near, and all that there are."""
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return "".join([f"did you mean {n!r}? " for n in nearest]) + f"valid: {', '.join(sorted(names))}"
+
+
+def _where(error: InstantiationException) -> tuple[str, str]:
+    """The key in the configuration and the `_target_` (one stands in for the other) of what could not be made."""
+    target = re.search(r"target '([^']+)'", str(error))
+    key = re.search(r"full_key: (\S+)", str(error)) or target
+    return key[1] if key else "configuration", target[1] if target else ""
+
+
+def _misfit(configured: str, target: str, line: str) -> str:
+    """What a configured object says of its arguments, with the nearest name or with what was asked for."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", line)
+    if unknown and target:
+        nearest = difflib.get_close_matches(unknown[1], inspect.signature(get_object(target)).parameters, n=1)
+        return f"{configured}: {line}" + "".join(f"; did you mean {name!r}?" for name in nearest)
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given = [override for override in overrides if override.lstrip("+").startswith(f"{configured}.")]
+    return f"{configured}: {line}" + (f" (given: {' '.join(given)})" if given else "")
+
+
+def _missing_extra(line: str) -> str | None:
+    """The optional dependency that an ImportError speaks of, and the extra of this package that brings it."""
+    for requirement in requires("revnet") or ():
+        name, _, marker = requirement.partition(";")
+        module = re.split(r"[<>=!~ ]|-skinny", name)[0]
+        extra = re.search(r"extra == .(?!dev)(\w+)", marker)
+        if extra and re.search(rf"\b{re.escape(module)}\b", line):
+            return f"{module} is not installed: pip install 'revnet[{extra[1]}]'"
+    return None
+
+
+def _unknown_option(path: str, options: Sequence[str]) -> str:
+    group, _, name = path.rpartition("/")
+    extra = "; joblib and slurm come with pip install 'revnet[sweeps]'" if "launcher" in group else ""
+    return f"unknown {group} {name!r}; {valid(name, options)}{extra if 'joblib' not in options else ''}"
 
 
 def _unknown_key(cause: BaseException | None) -> str | None:
@@ -90,7 +144,22 @@ def _unknown_key(cause: BaseException | None) -> str | None:
     key = str(cause.key)
     if key in names:
         return None
-    return f"unknown key {cause.full_key!r}; {_valid(key, names)} (a new key is added by +{cause.full_key}=VALUE)"
+    if "/" in key:
+        return f"unknown group {key!r}; {valid(key, HYDRA_GROUPS)}"
+    deeper = [path for path in _paths(cause.parent_node) if path.endswith(f".{key}")]
+    if deeper:
+        return f"unknown key {cause.full_key!r}; did you mean {' or '.join(map(repr, deeper))}?"
+    known = valid(key, names) if names else f"{str(cause.full_key).rpartition('.')[0]} has no keys"
+    return f"unknown key {cause.full_key!r}; {known} (a new key is added by +{cause.full_key}=VALUE)"
+
+
+def _paths(node: DictConfig, above: str = "") -> Iterator[str]:
+    for key in map(str, node):
+        child = node._get_node(key)
+        if key != "hydra":
+            yield f"{above}{key}"
+        if isinstance(child, DictConfig) and key != "hydra" and not child._is_none() and not child._is_interpolation():
+            yield from _paths(child, f"{above}{key}.")
 
 
 def _unknown_group(line: str) -> str | None:
@@ -101,6 +170,14 @@ def _unknown_group(line: str) -> str | None:
     return f"{group}={option} is for another command: it chooses {missing}, a group that this one does not have"
 
 
+def _chosen_twice(line: str) -> str | None:
+    found = re.match(r"Multiple values for ([\w/]+)\.|([\w/]+) appears more than once in the final defaults list", line)
+    if found is None:
+        return None
+    group = found[1] or found[2]
+    return f"{group} has an option already: choose another by {group}=OPTION, without the +"
+
+
 def _raised_on_purpose(error: BaseException) -> bool:
     traceback = error.__traceback__
     if traceback is None:
@@ -109,7 +186,9 @@ def _raised_on_purpose(error: BaseException) -> bool:
         traceback = traceback.tb_next
     code: CodeType = traceback.tb_frame.f_code
     instruction = dis.opname[code.co_code[traceback.tb_lasti]]
-    return instruction == "RAISE_VARARGS" and Path(code.co_filename).is_relative_to(PACKAGE)
+    file = Path(code.co_filename)
+    ours = file.is_relative_to(PACKAGE) or any(refusal in file.as_posix() for refusal in REFUSALS)
+    return instruction == "RAISE_VARARGS" and ours
 
 
 def _worker_mistake(message: str) -> str | None:

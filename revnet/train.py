@@ -22,32 +22,26 @@ from revnet.run_directory import with_saved_overrides
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
     from pytorch_lightning import LightningDataModule, Trainer
 
-    from revnet.training import Classifier
+    from revnet.training import Task
 
 __all__ = ["build", "refuse_contradictions", "train", "main"]
 
 log = logging.getLogger(__name__)
 
 
-def build(cfg: DictConfig) -> tuple[LightningDataModule, Classifier]:
-    """Make the data module and the classifier of a configuration.
+def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
+    """Make the data module and the Lightning module of a configuration.
 
     Args:
-        cfg: with the nodes `model`, `data`, `classifier`, and, to be trained, `optimizer` and `scheduler`.
-            `model.num_classes` becomes the data's where it is null or missing.
+        cfg: with the nodes `model`, `data`, `task`, and, to be trained, `optimizer` and `scheduler`. What the network
+            must know of the data is filled in where it is null or missing: `model.num_classes`, or the shape of the
+            images for a flow.
 
     Raises:
-        ValueError: if `model.num_classes` contradicts the data.
+        ValueError: if the network contradicts the data.
     """
     data = instantiate(cfg.data, _convert_="all")
-    if cfg.model.get("num_classes") is None:
-        with open_dict(cfg.model):
-            cfg.model.num_classes = data.num_classes
-    if cfg.model.num_classes != data.num_classes:
-        raise ValueError(
-            f"model.num_classes={cfg.model.num_classes}, but the data has {data.num_classes} classes: "
-            "leave model.num_classes out, or choose other data"
-        )
+    _fill_in(cfg.model, data)
     network = instantiate(cfg.model, _convert_="all")
     first = next((module for module in network.modules() if isinstance(module, torch.nn.Conv2d)), None)
     if first is not None and first.in_channels != data.image_shape[0]:
@@ -55,14 +49,34 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Classifier]:
             f"the data has images of {data.image_shape[0]} channels, but the network takes {first.in_channels}: "
             "set model.in_channels (+model.in_channels=... for revnet's networks), or choose other data"
         )
-    classifier = instantiate(
-        cfg.classifier,
+    if getattr(network, "dequantise", None) is not None and data.normalization != "unit":
+        raise ValueError(
+            f"data.normalization={data.normalization}, but the flow takes images in [0, 1]: set data.normalization=unit"
+        )
+    task = instantiate(
+        cfg.task,
         network=network,
         optimizer=instantiate(cfg.get("optimizer"), _convert_="all"),
         scheduler=instantiate(cfg.get("scheduler"), _convert_="all"),
     )
-    classifier.config = OmegaConf.to_container(cfg, resolve=True)
-    return data, classifier
+    task.config = OmegaConf.to_container(cfg, resolve=True)
+    return data, task
+
+
+def _fill_in(model: DictConfig, data: LightningDataModule) -> None:
+    """Tell the network what the data is like, or refuse what it is told already."""
+    shape = next((key for key in ("event_shape", "image_shape") if key in model), None)  # of a flow
+    key = "num_classes" if shape is None else "classes"
+    classes = data.num_classes  # type: ignore[attr-defined]
+    with open_dict(model):
+        if shape is not None and model[shape] is None:
+            model[shape] = list(data.image_shape)  # type: ignore[attr-defined]
+        if shape is None and model.get(key) is None:
+            model[key] = classes
+    if model.get(key) not in (None, classes):
+        raise ValueError(
+            f"model.{key}={model[key]}, but the data has {classes} classes: leave model.{key} out, or choose other data"
+        )
 
 
 def refuse_contradictions(trainer: DictConfig) -> None:
@@ -124,10 +138,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     pl.seed_everything(cfg.seed, workers=True)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    data, classifier = build(cfg)
+    data, task = build(cfg)
     if cfg.memory_budget is not None:
         spend_memory(
-            classifier.network,
+            task.network,
             cfg.memory_budget,
             (cfg.data.batch_size, *data.image_shape),  # type: ignore[attr-defined]
             cfg.trainer.precision,
@@ -135,14 +149,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
             cfg.trainer.accumulate_grad_batches > 1,
         )
     if cfg.compile:
-        compile_branches(classifier.network)
+        compile_branches(task.network)
     ckpt_path = cfg.ckpt_path
     if ckpt_path == "last":
         found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))
         ckpt_path = None if found is None else str(found)
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
     if ckpt_path is not None:
-        load_weights(classifier, read_checkpoint(ckpt_path), ckpt_path)
+        load_weights(task, read_checkpoint(ckpt_path), ckpt_path)
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node is not None]
     trainer = instantiate(
         cfg.trainer,
@@ -163,25 +177,25 @@ def train(cfg: DictConfig) -> dict[str, float]:
         record.write_text(json.dumps(environment(), indent=2) + "\n")
     for logger in trainer.loggers:
         if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # beside their files lies .hydra/config.yaml
-            logger.log_hyperparams(classifier.config)
+            logger.log_hyperparams(task.config)
 
-    _fit(trainer, classifier, data, ckpt_path, cfg)
+    _fit(trainer, task, data, ckpt_path, cfg)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     epochs = trainer.current_epoch
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    trainer.test(classifier, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+    trainer.test(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     monitor = next((callback for callback in callbacks if isinstance(callback, TrainingMonitor)), None)
     if monitor is not None:
         metrics |= monitor.figures()
     if trainer.is_global_zero:
         files = {"tested weights": best or "the last ones", "run directory": cfg.run_dir}
-        print_summary(cfg.name, classifier, metrics, epochs, monitor, files)
+        print_summary(cfg.name, task, metrics, epochs, monitor, files)
     return metrics
 
 
 def _fit(
-    trainer: Trainer, classifier: Classifier, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig
+    trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig
 ) -> None:
     """Train, and say in one line what has ended the training early."""
     from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -189,7 +203,7 @@ def _fit(
     from revnet.training import LastCheckpoint, is_out_of_memory, memory_of, out_of_memory
 
     try:
-        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
@@ -207,7 +221,7 @@ def _fit(
         shape = (cfg.data.batch_size, *data.image_shape)  # type: ignore[attr-defined]
         optimizer = instantiate(cfg.optimizer, _convert_="all")
         memory = memory_of(trainer.strategy.root_device)
-        raise ValueError(out_of_memory(classifier.network, shape, cfg.trainer.precision, optimizer, memory)) from error
+        raise ValueError(out_of_memory(task.network, shape, cfg.trainer.precision, optimizer, memory)) from error
 
 
 @command("train", prepare=lambda: sys.argv.__setitem__(slice(1, None), with_saved_overrides(sys.argv[1:])))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from revnet.cli import command, compose
-from revnet.mistakes import mistake
+from revnet.mistakes import leave, mistake
 from revnet.reversible import split_halves
 from revnet.training import read_checkpoint
 from tests.commands import invoke
@@ -112,10 +112,32 @@ def lines(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["model=revnet83"], r"unknown model 'revnet83'; did you mean 'revnet38'\? valid: .*, resnet32, .*, revnet56"),
+        (
+            ["model=revnet83"],
+            r"unknown model 'revnet83'; did you mean 'revnet38'\? valid: .*, resnet32, .*, revnet56.*",
+        ),
         (["data=sifar10"], r"unknown data 'sifar10'; did you mean 'cifar10'\? valid: .*digits.*"),
         (["experiment=digits"], r"unknown experiment 'digits'; .*valid: .*, digits_quickstart, .*"),
-        (["trainer=quantum"], r"unknown trainer 'quantum'; valid: auto, cpu, ddp, gpu"),
+        (["trainer=quantum"], r"unknown trainer 'quantum'; valid: auto, cpu, ddp, fsdp, gpu, slurm"),
+        (["debug=overfitt"], r"unknown debug 'overfitt'; did you mean 'overfit'\? valid: fast, overfit"),
+        (["hydra/launcher=joblb"], r"unknown hydra/launcher 'joblb'; did you mean 'joblib'\? valid: basic, joblib, .*"),
+        (["hydra/lancher=joblib"], r"unknown group 'hydra/lancher'; did you mean 'hydra/launcher'\? valid: .*"),
+        (["lr=0.1"], r"unknown key 'lr'; did you mean 'optimizer.lr'\?"),
+        (["max_epochs=3"], r"unknown key 'max_epochs'; did you mean 'trainer.max_epochs'\?"),
+        (
+            ["task.loss.label_smoothng=0.1"],
+            r"unknown key 'task.loss.*'; did you mean 'label_smoothing'\? .*",
+        ),
+        (["hydra.launcher.n_job=2"], r"unknown key 'hydra.launcher.n_job'; hydra.launcher has no keys .*"),
+        (["+optimizer=adam"], r"unknown optimizer 'adam'; did you mean 'adamw'\? valid: adamw, sgd"),
+        (["+optimizer=sgd"], r"optimizer has an option already: choose another by optimizer=OPTION, without the \+"),
+        (["+experiment=cifar10_fast"], r"experiment has an option already: choose another by experiment=OPTION, .*"),
+        (["lr", "0.1"], r"cannot read 'lr': write KEY=VALUE, such as optimizer.lr=0.05"),
+        (["~nothing"], r"Could not delete from config. 'nothing' does not exist."),
+        (["name=${nothing}"], r"Interpolation key 'nothing' not found .*"),
+        (["--hepl"], r"unrecognized arguments: --hepl; did you mean '--help'\? valid: --cfg, .*"),
+        (["--cfg", "jobs"], r"argument --cfg/-c: invalid choice: 'jobs' \(choose from .*job.*"),
+        (["-m", "--cfg", "job"], r"Only one of --run, --multirun, --cfg, .*"),
         (["modle=revnet38"], r"unknown key 'modle'; did you mean 'model'\? .*, run_dir, .*"),
         (["experimant=x"], r"unknown key 'experimant'; did you mean 'experiment'\? .*"),
         (["modle.activations=store"], r"unknown key 'modle'; did you mean 'model'\? .*"),
@@ -142,6 +164,60 @@ def test_a_mistake_in_the_job_is_one_line(capsys: pytest.CaptureFixture) -> None
     assert invoke(command("train")(split_three_channels)) == 1
     (only,) = lines(capsys.readouterr().err)
     assert only.startswith("revnet-train: cannot split 3 channels")
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("trainer.max_epochs=many", "give a value of type int or null"),
+        ("trainer.benchmark=maybe", "give a value of type bool or null"),
+        ("optimizer.lr=", "give a value of type float or Tensor"),
+        ("task.loss.label_smoothing=x", "give a value of type float"),
+        (
+            "+optimizer.momentun=0.9",
+            "torch.optim.SGD has no such argument; did you mean 'momentum'\\? valid: .*, lr, .*",
+        ),
+    ],
+)
+def test_what_a_target_cannot_take_is_one_line(argument: str, line: str, capsys: pytest.CaptureFixture) -> None:
+    assert invoke(command("train")(lambda cfg: pytest.fail("the job was started")), argument) == 1
+    (only,) = lines(capsys.readouterr().err)
+    assert re.fullmatch(f"revnet-train: {re.escape(argument)}: {line}", only)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("trainer.precision=bf16-mixed", "trainer.devices=auto", "trainer.max_epochs=null", "trainer.max_epochs=3"),
+        *("data.normalization=symmetric", "run_dir=elsewhere", "+model.nothing=3", "model=resnet32", "optimizer.lr=1"),
+    ],
+)
+def test_what_a_target_may_take_is_left_to_it(argument: str) -> None:
+    assert invoke(command("train")(lambda cfg: None), argument) == 0
+
+
+def test_an_argument_that_a_builder_passes_on_is_suggested() -> None:
+    error = raised(instantiate, {"_target_": "revnet.models.revnet38", "num_clases": 3})
+    assert str(mistake(error)).endswith("unexpected keyword argument 'num_clases'; did you mean 'num_classes'?")
+
+
+def test_another_process_that_does_not_answer_is_a_mistake() -> None:
+    line = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3501"
+    assert "another process of the run has ended or hangs" in str(mistake(RuntimeError(line)))
+    assert mistake(RuntimeError("something else")) is None
+
+
+def test_the_first_process_of_a_run_speaks_first(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            leave("train", "no", 1)
+    assert lines(capsys.readouterr().err) == ["revnet-train: no", "revnet-train (process 1): no"]
+    assert len(waits) == 1
 
 
 def test_an_error_in_the_job_keeps_its_traceback() -> None:
@@ -179,6 +255,20 @@ def test_jobs_of_a_sweep_fail_one_by_one(capsys: pytest.CaptureFixture, tmp_path
     ]
     (sweep,) = tmp_path.glob("runs/sweeps/*")
     assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "multirun.yaml"]
+
+
+def test_an_error_in_a_job_of_a_sweep_keeps_its_traceback(capsys: pytest.CaptureFixture) -> None:
+    seeds = []
+
+    def job(cfg: DictConfig) -> float:
+        seeds.append(cfg.seed)
+        return 1 / (cfg.seed - 2)
+
+    assert invoke(command("train")(job), "-m", "seed=1,2,3") == 1
+    assert seeds == [1, 2, 3]
+    said = lines(capsys.readouterr().err)
+    assert "revnet-train: seed=2: ZeroDivisionError: division by zero" in said
+    assert said.count("Traceback (most recent call last):") == 1
 
 
 def contents(directory: Path) -> dict[str, bytes]:

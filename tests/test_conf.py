@@ -1,7 +1,9 @@
 """Every option of every group, and every experiment, makes what it says."""
 
 import re
+from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,22 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 from revnet.cli import command, compose
+from revnet.mistakes import mistake
 from revnet.models import list_models
 from revnet.train import build
-from revnet.training import Classifier, DriftGuard, TrainingMonitor
+from revnet.training import Classifier, DriftGuard, FullyShard, TrainingMonitor
 from tests.commands import invoke
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment")
+GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
 PROFILED = ("memory_vs_speed", "resolution")  # for revnet-profile; the others are recipes for revnet-train
 ABSENT = ("trainer.accelerator=cpu", "trainer.devices=1")  # the devices that a trainer asks for may not be there
 make = partial(instantiate, _convert_="all")
@@ -38,12 +43,13 @@ def image_folder(tmp_path: Path) -> Path:
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").touch()
+    (tmp_path / "index.json").write_text('{"classes": ["cat", "dog"], "splits": {}}')
     return tmp_path
 
 
 def test_the_groups_are_there() -> None:
     found = {path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_")}
-    assert found == set(GROUPS)
+    assert found == {*GROUPS, "hydra"}
     assert all(options(group) for group in GROUPS)
 
 
@@ -104,11 +110,35 @@ def test_trainers_ask_for_their_devices() -> None:
     assert compose("train", "trainer=cpu").trainer.accelerator == "cpu"
     assert compose("train", "trainer=gpu").trainer.accelerator == "gpu"
     ddp = compose("train", "trainer=ddp").trainer
-    assert (ddp.accelerator, ddp.devices, ddp.strategy) == ("gpu", "auto", "ddp")
+    assert (ddp.accelerator, ddp.devices, ddp.num_nodes) == ("gpu", "auto", 1)
+    for option, strategy in (("ddp", DDPStrategy), ("fsdp", FullyShard), ("slurm", DDPStrategy)):
+        made = make(compose("train", f"trainer={option}", "trainer.strategy.timeout.minutes=3").trainer.strategy)
+        assert isinstance(made, strategy)
+        assert made._timeout == timedelta(minutes=3)
+
+
+@pytest.mark.parametrize("option", options("debug"))
+def test_debug(option: str) -> None:
+    cfg = compose("train", "experiment=cifar10_revnet38_paper", f"debug={option}")
+    assert cfg.run_dir.startswith("runs/debug/")
+    assert (cfg.trainer.max_steps, cfg.optimizer.nesterov) == (-1, False)
+    trainer = make(cfg.trainer, logger=False, accelerator="cpu")
+    batches = {"overfit": (1, 1), "fast": (2, 2)}[option]
+    assert (trainer.limit_train_batches, trainer.limit_val_batches) == batches
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_logger_whose_package_is_missing_names_what_to_install(package: str, tmp_path: Path) -> None:
+    node = next(iter(compose("train", f"logger={package}", f"run_dir={tmp_path}").logger.values()))
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(InstantiationException) as info:
+        make(node)
+    assert str(mistake(info.value)).endswith(f"{package} is not installed: pip install 'revnet[loggers]'")
 
 
 @pytest.mark.parametrize("callbacks", options("callbacks"))
-@pytest.mark.parametrize("logger", options("logger"))
+@pytest.mark.parametrize("logger", sorted(set(options("logger")) - {"mlflow", "wandb"}))
 def test_callbacks_and_loggers(callbacks: str, logger: str, tmp_path: Path) -> None:
     cfg = compose("train", f"callbacks={callbacks}", f"logger={logger}", f"run_dir={tmp_path}", *ABSENT)
     made = [make(node) for node in cfg.callbacks.values() if node is not None]
@@ -122,8 +152,8 @@ def test_callbacks_and_loggers(callbacks: str, logger: str, tmp_path: Path) -> N
         "none": set(),
     }[logger]
     for kind in (TrainingMonitor, DriftGuard):
-        assert any(isinstance(callback, kind) for callback in trainer.callbacks) == (callbacks == "default")
-    assert bool(trainer.checkpoint_callbacks) == (callbacks == "default")
+        assert any(isinstance(callback, kind) for callback in trainer.callbacks) == (callbacks != "none")
+    assert bool(trainer.checkpoint_callbacks) == (callbacks != "none")
 
 
 def test_the_engine_s_thresholds_of_drift_hold_unless_others_are_given() -> None:
@@ -203,8 +233,8 @@ def test_the_paper_s_recipe_for_cifar(network: str) -> None:
     }
     for group, values in wanted.items():
         assert {key: cfg[group][key] for key in values} == values
-    assert cfg.classifier.loss.label_smoothing == 0
-    assert cfg.classifier.norm_momentum is None
+    assert cfg.task.loss.label_smoothing == 0
+    assert cfg.task.norm_momentum is None
 
 
 def test_the_paper_s_recipe_for_imagenet() -> None:
@@ -212,7 +242,7 @@ def test_the_paper_s_recipe_for_imagenet() -> None:
     assert cfg.model._target_ == "revnet.models.revnet104"
     assert (cfg.data.batch_size, cfg.trainer.max_steps) == (256, 600_000)
     assert (cfg.data.crop_area, cfg.data.normalization) == ([0.05, 1.0], "symmetric")
-    assert cfg.classifier.norm_momentum is None
+    assert cfg.task.norm_momentum is None
     assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.1, 0.9, 1e-4)
 
 

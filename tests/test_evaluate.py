@@ -14,7 +14,7 @@ from tests.test_train import TINY, rows
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run."""
     directory = tmp_path_factory.mktemp("run") / "here"
-    options = ("trainer.precision=bf16-mixed", "classifier.loss.label_smoothing=0.1", "logger=csv")
+    options = ("trainer.precision=bf16-mixed", "task.loss.label_smoothing=0.1", "logger=csv")
     assert invoke(train_module.main, *TINY, *options, f"run_dir={directory}") == 0
     return directory
 
@@ -46,7 +46,7 @@ def test_it_finds_what_the_run_has_found(
 
 
 def test_single_values_of_the_run_are_changed(run: Path, capsys: pytest.CaptureFixture) -> None:
-    assert evaluate(f"ckpt_path={run}/checkpoints/best.ckpt", "classifier.loss.label_smoothing=0") == 0
+    assert evaluate(f"ckpt_path={run}/checkpoints/best.ckpt", "task.loss.label_smoothing=0") == 0
     summary = rows(capsys.readouterr().out)
     accuracy, loss = found_by(run)
     assert summary["test accuracy"] == accuracy

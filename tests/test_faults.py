@@ -268,7 +268,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_images(
         return step(self, batch, batch_index)
 
     monkeypatch.setattr(Classifier, "training_step", spy)
-    loss = ("classifier.loss._target_=tests.test_faults.NotANumber", "+classifier.loss.call=10")
+    loss = ("task.loss._target_=tests.test_faults.NotANumber", "+task.loss.call=10")
     assert train(tmp_path / "run", *TRAINING, *loss) == 1
     (line,) = capsys.readouterr().err.splitlines()
     found = re.search(

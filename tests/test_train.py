@@ -114,7 +114,7 @@ def test_a_checkpoint_holds_plain_values_and_its_configuration() -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_precision_and_memory_format(precision: str, channels_last: bool, capsys: pytest.CaptureFixture) -> None:
-    options = (f"trainer.precision={precision}", f"classifier.channels_last={channels_last}", "logger=none")
+    options = (f"trainer.precision={precision}", f"task.channels_last={channels_last}", "logger=none")
     assert train(*options, "callbacks=none", "model.activations=recompute") == 0
     assert rows(capsys.readouterr().out).keys() >= {"test accuracy", "test loss"}
 

@@ -7,6 +7,7 @@ from revnet.data.digits import Digits
 from revnet.data.fake import Fake
 from revnet.data.image_files import ImageFiles
 from revnet.data.image_folder import ImageFolder
+from revnet.data.mnist import MNIST
 from revnet.data.module import ImageDataModule
 from revnet.data.normalize import Normalize
 from revnet.data.read_image import read_image
@@ -18,6 +19,7 @@ from revnet.data.write_shards import write_shards
 
 __all__ = [
     "Digits",
+    "MNIST",
     "CIFAR10",
     "CIFAR100",
     "ImageFolder",

@@ -28,7 +28,7 @@ class Normalize(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    NAMES = ("mean_std", "mean_image", "symmetric", "imagenet")
+    NAMES = ("mean_std", "mean_image", "symmetric", "imagenet", "unit")
 
     def __init__(self, shift: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -45,12 +45,14 @@ class Normalize(nn.Module):
 
         Args:
             name: "mean_std" (zero mean and unit variance per channel), "mean_image" (minus the mean training image,
-                pixels keep their range: the paper's CIFAR), "symmetric" (to [-1, 1]: the paper's ImageNet) or
-                "imagenet" (as torchvision's weights expect it).
+                pixels keep their range: the paper's CIFAR), "symmetric" (to [-1, 1]: the paper's ImageNet),
+                "imagenet" (as torchvision's weights expect it) or "unit" (to [0, 1]: for flows).
             batches: the training images, for the first two.
         """
         if name == "symmetric":
             return cls(torch.tensor(127.5), torch.tensor(127.5))
+        if name == "unit":
+            return cls(torch.tensor(0.0), torch.tensor(255.0))
         if name == "imagenet":
             mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (IMAGENET_MEAN, IMAGENET_STD))
             return cls(mean, std)

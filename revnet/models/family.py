@@ -29,8 +29,10 @@ What somebody who replaces a ResNet should know:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
-from math import log
+from math import lcm, log
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,7 @@ from revnet.models.branches import BasicBranch, BottleneckBranch
 from revnet.models.network import FullyReversibleNet, PreActResNet, RevNet
 from revnet.models.registry import register_model
 from revnet.models.units import PointwiseShortcut, Stage
+from revnet.reversible import Activations
 
 __all__ = [
     "matching_width",
@@ -103,7 +106,7 @@ def matching_width(
         step = _cost(branch, first, half, inner, groups, area) + 2 * first * half
         return step + (2 * units - 1) * _cost(branch, half, half, width, groups)
 
-    multiple = max(MULTIPLE, groups)
+    multiple = lcm(MULTIPLE, groups)
     widths = range(multiple, 4 * channels[1] + multiple, multiple)
     # A network's weights are in its late stages, its multiply-adds in all: so the early ones look at the latter alone.
     shares = (number / 3, 1 - number / 3)
@@ -135,18 +138,28 @@ def _revnet(
     norm_layer: Callable[[int], nn.Module] | None = None,
     small_images: bool = False,
     downsampling: str = "strided",
-    **arguments: Any,
+    in_channels: int = 3,
+    activations: Activations | None = None,
+    exact: bool | None = None,
+    **unknown: Any,
 ) -> PreActResNet:
+    _refuse(unknown)
+    numbers = {"num_classes": num_classes, "in_channels": in_channels}
+    for name, number in (numbers | {"groups": groups, "width_per_group": width_per_group}).items():
+        if not isinstance(number, Integral) or number < 1:
+            raise ValueError(f"{name}={number!r}: give an integer of at least 1")
     if branch is BasicBranch and (groups != 1 or width_per_group != 64):
         raise ValueError(
             f"groups={groups}, width_per_group={width_per_group}: networks of basic branches have groups=1 and "
             f"width_per_group=64 only; take revnet50 or a larger one"
         )
-    dilate = (False, *(replace_stride_with_dilation or (False, False, False)))
-    if len(dilate) != 4:
+    given = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
+    if not isinstance(given, Sequence) or len(given) != 3 or any(value not in (False, True) for value in given):
         raise ValueError(
-            f"replace_stride_with_dilation={replace_stride_with_dilation}: give three values, for layer2 to layer4"
+            f"replace_stride_with_dilation={replace_stride_with_dilation!r}: give three values of False or True, for "
+            f"layer2 to layer4"
         )
+    dilate = (False, *given)
     if downsampling not in ("strided", "space_to_depth"):
         raise ValueError(f"downsampling={downsampling!r}: give 'strided' or 'space_to_depth'")
     reversible = downsampling == "space_to_depth"
@@ -156,7 +169,7 @@ def _revnet(
             f"replace_stride_with_dilation={replace_stride_with_dilation}: {what}; leave it out, or take revnet50 or a "
             f"larger one with downsampling='strided'"
         )
-    norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
+    norm_layer = nn.BatchNorm2d if norm_layer is None else partial(_norm, norm_layer)
     stages, channels, dilation = [], STEM, 1
     for number, (count, theirs, dilated) in enumerate(zip(units, resnet_units, dilate, strict=True)):
         out = STEM * 4**number if reversible else STEM * 2**number * branch.expansion
@@ -175,12 +188,47 @@ def _revnet(
         )
         channels = out
     kind = FullyReversibleNet if reversible else RevNet
-    network = kind(STEM, stages, small_images=small_images, num_classes=num_classes, norm_layer=norm_layer, **arguments)
+    network = kind(
+        STEM,
+        stages,
+        small_images=small_images,
+        norm_layer=norm_layer,
+        activations=activations,
+        exact=exact,
+        **numbers,
+    )
     if zero_init_residual:
         for module in network.modules():
             if isinstance(module, branch):
                 nn.init.zeros_(module.last.weight)
     return network
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    """TypeError for the first argument that no builder of the family knows."""
+    for name, value in unknown.items():
+        if name == "pretrained":
+            raise TypeError(
+                f"unexpected keyword argument 'pretrained' ({value!r}): no pretrained weights are published yet; leave "
+                f"it out, or give weights=PATH, a file of revnet.models.save_weights"
+            )
+        valid = sorted([*(_revnet.__kwdefaults__ or ()), "weights", "progress"])
+        near = "".join(f"did you mean {close!r}? " for close in get_close_matches(name, valid, n=1))
+        raise TypeError(f"unexpected keyword argument {name!r}; {near}valid: {', '.join(valid)}")
+
+
+def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
+    """`norm_layer(channels)`; TypeError or ValueError with the name of the argument where that fails."""
+    remedy = "give a function from a number of channels, such as nn.BatchNorm2d, to a module"
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(f"norm_layer={norm_layer!r} is no function; {remedy}")
+    try:
+        module = norm_layer(channels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"norm_layer={norm_layer!r} fails for {channels} channels: {error}; {remedy}") from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"norm_layer={norm_layer!r} returned {module!r} for {channels} channels; {remedy}")
+    return module
 
 
 @register_model

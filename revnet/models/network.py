@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +189,7 @@ class FullyReversibleNet(PreActResNet):
             layers += _blocks(stage, stage.units, preactivate=index > 0)
         return {"layers": [*layers, Merge()]}
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         if name.removeprefix("layer").isdigit():
             raise AttributeError(
                 f"{name}: a fully reversible network is one sequence, `layers`, which keeps no states at its stages' "

@@ -29,7 +29,7 @@ def register_model(builder: Callable[..., Network]) -> Callable[..., Network]:
     @wraps(builder)
     def build(*, weights: str | PathLike[str] | None = None, progress: bool = True, **arguments: Any) -> Network:
         network = builder(**arguments)
-        network.architecture = {"model": name, "arguments": arguments}
+        network.architecture = {"model": name, "arguments": arguments}  # type: ignore[assignment]
         if weights is not None:
             load_weights(network, weights)
         return network

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from revnet.training.classifier import Classifier
+from revnet.training.task import Task
 
 __all__ = ["AtomicCheckpoints", "newest_checkpoint", "read_checkpoint", "load_weights"]
 
@@ -98,11 +98,11 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def load_weights(classifier: Classifier, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Copy a checkpoint's weights into a classifier of the same architecture.
+def load_weights(task: Task, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Copy a checkpoint's weights into a network of the same architecture.
 
     Args:
-        classifier: made from the configuration that is asked for.
+        task: made from the configuration that is asked for.
         checkpoint: from `read_checkpoint`.
         path: where it was read, for the error.
 
@@ -110,16 +110,16 @@ def load_weights(classifier: Classifier, checkpoint: Mapping[str, Any], path: st
         ValueError: if the checkpoint holds another architecture or another number of classes; the message says what
             it holds, what was asked for and where the two differ first.
     """
-    wanted, held = classifier.state_dict(), checkpoint["state_dict"]
+    wanted, held = task.state_dict(), checkpoint["state_dict"]
     for name in [*wanted, *held]:
         here = tuple(wanted[name].shape) if name in wanted else "nothing"
         there = tuple(held[name].shape) if name in held else "nothing"
         if here != there:
             raise ValueError(
                 f"ckpt_path={path} holds {_describe(checkpoint.get('config'), held)}, not the "
-                f"{_describe(classifier.config, wanted)} that was asked for: {name} is {there} there and {here} here"
+                f"{_describe(task.config, wanted)} that was asked for: {name} is {there} there and {here} here"
             )
-    classifier.load_state_dict(held)
+    task.load_state_dict(held)
 
 
 def _describe(config: Mapping[str, Any] | None, state: Mapping[str, torch.Tensor]) -> str:
@@ -127,4 +127,6 @@ def _describe(config: Mapping[str, Any] | None, state: Mapping[str, torch.Tensor
     if config is None:
         return f"unnamed network ({size})"
     model = config["model"]
-    return f"{model['_target_'].rpartition('.')[2]} for {model.get('num_classes')} classes ({size})"
+    shape = model.get("event_shape", model.get("image_shape"))  # of a flow
+    fit = f"for {model.get('num_classes')} classes" if shape is None else f"of images {'x'.join(map(str, shape))}"
+    return f"{model['_target_'].rpartition('.')[2]} {fit} ({size})"

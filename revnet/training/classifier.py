@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -16,28 +14,22 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from revnet.training.fully_shard import FullyShard, shard
-from revnet.training.parameter_groups import parameter_groups
+from revnet.training.task import Task
 
 __all__ = ["Classifier"]
 
 
-class Classifier(pl.LightningModule):
+class Classifier(Task):
     """A network, a loss, and the factories of its optimizer and learning-rate schedule.
 
     Args:
         network: maps images of shape (batch, channels, height, width) to logits of shape (batch, classes).
-        optimizer: `parameter groups -> Optimizer`, such as `partial(torch.optim.SGD, lr=0.1, weight_decay=2e-4)`.
-            Its weight decay reaches the weights of convolutions and linear layers and nothing else; see
-            `parameter_groups`. None for a classifier that is only evaluated.
-        scheduler: `(optimizer, total_steps=n) -> LRScheduler`, stepped after every optimizer step. None keeps the
-            rate as it is.
+        optimizer, scheduler, config: see `Task`.
         loss: maps logits and labels to a scalar; the cross-entropy if None.
         channels_last: run in the channels-last memory format, which convolutions in reduced precision prefer. The
             network's own weights are laid out again.
         norm_momentum: weight of one batch in the running statistics of batch normalisation; None leaves the network's
             own. The paper's 0.01 needs thousands of steps before validation means anything.
-        config: how network and data are made, as plain dictionaries, lists and numbers. It is written into every
-            checkpoint under the key `config` and not looked at otherwise.
 
     Logged: `train/loss` per step, `{train,val,test}/accuracy` and `{val,test}/loss` per epoch. No step waits for the
     device.
@@ -60,9 +52,8 @@ class Classifier(pl.LightningModule):
         norm_momentum: float | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network = network.to(memory_format=memory_format)
+        super().__init__(network.to(memory_format=memory_format), optimizer, scheduler, config)
         if norm_momentum is not None:
             for module in network.modules():
                 if isinstance(module, _BatchNorm):
@@ -71,10 +62,7 @@ class Classifier(pl.LightningModule):
         smoothing = getattr(self.loss, "label_smoothing", 0.0)
         if not 0 <= smoothing <= 1:
             raise ValueError(f"label_smoothing={smoothing}: give a share from 0 to 1")
-        self.config = config
         self._memory_format = memory_format
-        self._optimizer = optimizer
-        self._scheduler = scheduler
         # Without validation of its arguments an update is a few asynchronous kernels.
         self.train_accuracy = MulticlassAccuracy(average="micro", validate_args=False)
         self.val_accuracy = MulticlassAccuracy(average="micro", validate_args=False)
@@ -113,28 +101,3 @@ class Classifier(pl.LightningModule):
         """Shard the network where the strategy asks for it."""
         if isinstance(self.trainer.strategy, FullyShard):
             shard(self.network, self.trainer.strategy.device_mesh["data_parallel"])
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer over `parameter_groups`, and the schedule over the steps that the trainer will take."""
-        if self._optimizer is None:
-            raise ValueError("optimizer=None: a classifier needs an optimizer factory to be trained")
-        total_steps = self.trainer.estimated_stepping_batches
-        if self._scheduler is not None and total_steps == float("inf"):
-            raise ValueError("the schedule needs to know when training ends: set the trainer's max_epochs or max_steps")
-        optimizer = _make("optimizer", self._optimizer, parameter_groups(self.network))
-        if self._scheduler is None:
-            return optimizer
-        scheduler = _make("scheduler", self._scheduler, optimizer, total_steps=int(total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint self-describing."""
-        if self.config is not None:
-            checkpoint["config"] = self.config
-
-
-def _make(what: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return factory(*args, **kwargs)
-    except (TypeError, ValueError) as error:  # torch's own, for a value that it cannot use
-        raise ValueError(f"{what}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -75,12 +76,7 @@ class TrainingMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the epoch's metrics into the log."""
         self._epochs += 1
-        metrics = trainer.callback_metrics
-        splits = [
-            f"{split} accuracy {100 * metrics[f'{split}/accuracy']:.2f} % loss {metrics[f'{split}/loss']:.4f}"
-            for split in ("train", "val")
-            if f"{split}/accuracy" in metrics
-        ]
+        splits = [text for split in ("train", "val") if (text := _figures(split, trainer.callback_metrics))]
         if trainer.is_global_zero:
             log.info("epoch %d: %s", trainer.current_epoch, ", ".join(splits))
 
@@ -117,6 +113,14 @@ class TrainingMonitor(Callback):
         errors = _reconstruction_errors(network)
         self.reconstruction_error = max([*errors.values(), self.reconstruction_error or 0.0]) if errors else None
         return errors
+
+
+def _figures(split: str, metrics: Mapping[str, Tensor]) -> str:
+    if f"{split}/accuracy" in metrics:
+        return f"{split} accuracy {100 * metrics[f'{split}/accuracy']:.2f} % loss {metrics[f'{split}/loss']:.4f}"
+    if f"{split}/nats" in metrics:
+        return f"{split} {metrics[f'{split}/bits_per_dim']:.4f} bits/dim {metrics[f'{split}/nats']:.2f} nats"
+    return ""
 
 
 def _reconstruction_errors(network: nn.Module) -> dict[str, float]:

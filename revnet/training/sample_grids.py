@@ -1,0 +1,104 @@
+"""Pictures of what a flow has learnt so far."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from revnet.training.density import DensityEstimator, seeded
+
+__all__ = ["SampleGrids"]
+
+
+class SampleGrids(Callback):
+    """Draw samples, reconstructions and interpolations of a flow after a validation; do nothing for other networks.
+
+    - `samples`: of the same latent vectors every time, each column of one class where the flow has classes;
+    - `reconstructions`: validation images, and below each of them what decoding its latent vector gives;
+    - `interpolations`: each row from one validation image to another.
+
+    Written as `DIRPATH/samples_EPOCH.png` and so on, and to TensorBoard where there is its logger.
+
+    Args:
+        dirpath: directory of the pictures, made if it is not there.
+        every_n_epochs: epochs between pictures, at least 1.
+        rows: of images in a picture, at least 1.
+        columns: likewise, at least 2.
+
+    Raises:
+        ValueError: one of the numbers is too small.
+    """
+
+    def __init__(
+        self, dirpath: str | os.PathLike[str], every_n_epochs: int = 5, rows: int = 8, columns: int = 10
+    ) -> None:
+        least = {"every_n_epochs": (every_n_epochs, 1), "rows": (rows, 1), "columns": (columns, 2)}
+        for name, (value, minimum) in least.items():
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name}={value}: give a whole number, at least {minimum}")
+        self.dirpath = Path(dirpath)
+        self.every_n_epochs = every_n_epochs
+        self.rows = rows
+        self.columns = columns
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first images."""
+        if batch_idx == 0:
+            self._seen = batch
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, with the weights that were validated."""
+        seen, self._seen = self._seen, None
+        epoch = trainer.current_epoch + 1
+        if (
+            not isinstance(pl_module, DensityEstimator)
+            or trainer.sanity_checking
+            or epoch % self.every_n_epochs
+            or seen is None
+            or not trainer.is_global_zero
+        ):
+            return
+        with torch.no_grad(), seeded(0, pl_module.device):
+            pictures = self._pictures(pl_module, *seen)
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        for name, (images, columns) in pictures.items():
+            grid = make_grid(images.float().clamp(0, 1), nrow=columns)
+            save_image(grid, self.dirpath / f"{name}_{epoch:04}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(name, grid, epoch)
+
+    def _pictures(self, estimator: DensityEstimator, images: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """The images of each picture, row by row, and how many stand in a row."""
+        flow: Any = estimator.network
+        count = self.rows * self.columns
+        classes = torch.arange(count, device=images.device) % self.columns
+        if flow.embedding is not None:
+            classes = classes % flow.embedding.num_embeddings
+        drawn = {"samples": (flow.sample(count, context=estimator.context(classes)), self.columns)}
+        seen = images[: self.columns * max(1, self.rows // 2)]
+        again = flow.decode(flow.encode(seen, estimator.context(labels[: len(seen)])), estimator.context(labels[: len(seen)]))
+        pairs = zip(seen.split(self.columns), again.split(self.columns), strict=True)
+        drawn["reconstructions"] = torch.cat([half for pair in pairs for half in pair if len(half) == self.columns]), self.columns
+        rows = min(self.rows, len(images) // 2)
+        first, last = images[:rows], images[rows : 2 * rows]
+        path = flow.interpolate(first, last, self.columns, estimator.context(labels[:rows]))
+        drawn["interpolations"] = path.transpose(0, 1).flatten(0, 1), self.columns
+        return drawn

@@ -1,0 +1,148 @@
+"""Commands with two processes, which train as one with the batches of both, and end when one of them does."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import evaluate, train
+from revnet.reversible import Merge, ReversibleBlock, ReversibleSequence, Split
+from tests.commands import invoke
+
+SECONDS = 120
+OPTIONS = (  # a batch is the whole data set, in any order
+    "model._target_=tests.test_distributed_training.network",
+    *("data=fake", "data.image_shape=[3,8,8]", "data.train_size=32", "data.test_size=16", "data.val_fraction=0"),
+    *("scheduler=constant", "trainer.max_epochs=5", "trainer.log_every_n_steps=1", "threads=1", "logger=csv"),
+)
+
+
+def network(num_classes: int, activations: str, exact: bool | None) -> nn.Module:
+    """A RevNet whose normalisation does not look at the batch."""
+
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, bias=False))
+
+    blocks = [ReversibleBlock(branch(), branch()) for _ in range(3)]
+    sequence = ReversibleSequence([Split(), *blocks, Merge()], activations, exact)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), sequence, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
+
+def environment(**variables: Any) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
+
+
+def torchrun(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "revnet.train",
+    ]
+    return subprocess.run(
+        [*command, *OPTIONS, "trainer.accelerator=cpu", "data.batch_size=16", *arguments],
+        **{"cwd": directory, "env": environment(), "capture_output": True, "text": True, "timeout": SECONDS},
+    )
+
+
+def said(run: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in run.stderr.splitlines() if line.startswith("revnet-train")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The checkpoint of one process with the doubled batch."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    assert invoke(train.main, *OPTIONS, "trainer=cpu", "data.batch_size=32", f"run_dir={directory}") == 0
+    return torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_the_doubled_batch(
+    trainer: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = torchrun(tmp_path, f"trainer={trainer}")  # its directory is named by the time, and is still only one
+    assert run.returncode == 0, run.stderr
+    (checkpoint,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    together = torch.load(checkpoint, weights_only=True)
+    assert together["global_step"] == alone["global_step"] == 5
+    torch.testing.assert_close(together["state_dict"], alone["state_dict"], rtol=1.3e-6, atol=1e-6)
+    assert run.stdout.count("test accuracy ") == 1
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
+    monkeypatch.chdir(tmp_path)
+    assert invoke(evaluate.main, f"ckpt_path={checkpoint}", "trainer=cpu") == 0
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + SECONDS
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{file.name} was not written in {SECONDS} s"
+        time.sleep(0.05)
+
+
+def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        """What torchrun would start, without torchrun, which would end the other at once."""
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
+        world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        options = ("trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=16", "run_dir=here")
+        return subprocess.Popen(
+            [sys.executable, "-m", "revnet.train", *OPTIONS, *options, "trainer.max_epochs=100000"],
+            **{"cwd": tmp_path, "env": environment(**ranks, **world), "text": True},
+            **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
+        )
+
+    checkpoint = tmp_path / "here/checkpoints/last.ckpt"
+    first = start(0)
+    wait_for(tmp_path / "here/.hydra/overrides.yaml", first)
+    second = start(1)
+    try:
+        wait_for(checkpoint, first)
+        second.send_signal(signal.SIGKILL)
+        _, errors = first.communicate(timeout=SECONDS)
+    finally:
+        first.kill()
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("revnet-train")]
+    assert re.search("another process of the run has ended .* ckpt_path=last", line)
+    assert "Traceback" not in errors
+
+    before = torch.load(checkpoint, weights_only=True)
+    more = ("trainer=ddp", "run_dir=here", f"ckpt_path={checkpoint}", f"trainer.max_epochs={before['epoch'] + 3}")
+    run = torchrun(tmp_path, *more)
+    assert run.returncode == 0, run.stderr
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == before["global_step"] + 2
+
+
+def test_synchronised_batch_normalisation_on_a_cpu_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = torchrun(tmp_path, "trainer=ddp", "trainer.sync_batchnorm=true", "run_dir=here")
+    assert run.returncode == 1
+    (line,) = said(run)
+    assert line == "revnet-train: trainer.sync_batchnorm=true needs GPUs: on CPUs leave it out"
+
+
+def test_a_number_of_devices_that_is_not_torchruns_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = torchrun(tmp_path, "trainer=ddp", "trainer.devices=3", "run_dir=here")
+    assert run.returncode == 1
+    (line,) = said(run)
+    assert re.search(r"devices=3.* does not match the world size \(2\)", line)

@@ -1,0 +1,69 @@
+"""The pages say what works: commands compose, the notebook runs, every module is rendered."""
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+from revnet import train
+from tests.commands import invoke
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands() -> list[str]:
+    """The lines of the pages that call `revnet-train`, continued lines joined and remarks cut off."""
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    found = re.findall(r"^    .*?(?:revnet-train|-m revnet\.train) (.+)$", text.replace("\\\n", ""), re.MULTILINE)
+    return sorted({re.split(r" {3,}(?=[^ ]+ [^=]*$)", line)[0].strip() for line in found if "-sc" not in line})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_composes(line: str, capsys: pytest.CaptureFixture) -> None:
+    arguments = [word for word in shlex.split(line) if word != "-m" and not re.search("=.*,", word)]
+    if "--" not in line:
+        arguments += ["--cfg", "job"]
+    assert invoke(train.main, *arguments) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_notebook_ends_with_a_trained_network_and_a_picture(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "docs/tutorial.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    (install,) = [cell for cell in notebook.cells if "install" in cell.metadata.get("tags", [])]
+    assert install.source == "%pip install revnet"
+    notebook.cells.remove(install)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in outputs)
+    accuracy = re.search(r"accuracy on test images: ([\d.]+)%", text)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 50
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_every_package_is_rendered_without_a_warning(tmp_path: Path) -> None:
+    packages = [path.parent.relative_to(ROOT) for path in sorted((ROOT / "revnet").rglob("__init__.py"))]
+    names = [".".join(package.parts) for package in packages if package.name != "conf"]
+    command = [sys.executable, "-m", "pdoc", "-d", "google", "-o", str(tmp_path), *names]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    # pdoc looks for the hints of a named tuple where it is exported, not where it is defined.
+    assert [line for line in run.stderr.splitlines() if "Warn" in line and "reversible.Step.__init__" not in line] == []
+    pages = {tmp_path / "/".join(name.split(".")) for name in names}
+    assert [page for page in pages if not page.with_suffix(".html").is_file()] == []
+    assert "ReversibleSequence" in (tmp_path / "revnet/reversible.html").read_text()
+
+
+def test_the_citation_is_complete() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    assert citation.get("version", version("revnet")) == version("revnet")
+    assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])

@@ -1,0 +1,65 @@
+"""Sweeps whose jobs run in other processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+
+from revnet.cli import compose
+
+TINY = (
+    *("data=fake", "data.image_shape=[3,8,8]", "trainer=cpu", "threads=1", "debug=fast"),
+    *("model=resnet32", "logger=csv", "callbacks=none"),
+)
+
+
+def sweep(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "revnet.train", "-m", *TINY, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local", "hydra.launcher.timeout_min=3")]
+)
+def test_a_job_that_fails_leaves_the_others_alone(launcher: tuple[str, str], tmp_path: Path) -> None:
+    name, option = launcher
+    run = sweep(tmp_path, f"hydra/launcher={name}", option, "optimizer.lr=-1,0.1")
+    assert run.returncode == 1, run.stderr
+    (directory,) = tmp_path.glob("runs/sweeps/*")
+    assert [path.parent.parent.parent.name for path in directory.glob("*/csv/*/metrics.csv")] == ["1"]
+    stderr = run.stderr if name == "joblib" else "".join(f.read_text() for f in directory.rglob("*_log.err"))
+    failed = [line for line in stderr.splitlines() if line.startswith("revnet-train: ")]
+    assert len(failed) == 1
+    assert failed[0].endswith("optimizer.lr=-1: optimizer: Invalid learning rate: -1")
+    assert "Traceback" not in run.stderr
+
+
+def test_the_slurm_launcher_takes_one_task_for_each_device() -> None:
+    compose(
+        "train", "hydra/launcher=slurm", "trainer=slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=4"
+    )
+    launcher = instantiate(HydraConfig.get().launcher)
+    wanted = {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "name": "revnet", "timeout_min": 1440}
+    assert type(launcher).__name__ == "SlurmLauncher"
+    assert {key: launcher.params[key] for key in wanted} == wanted
+
+
+def test_the_trainer_takes_its_devices_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    trainer = compose("train", "trainer=slurm").trainer
+    assert (trainer.num_nodes, trainer.devices) == (2, 4)
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_the_trainer_takes_its_devices_from_torchrun(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compose("train", f"trainer={trainer}").trainer.devices == "auto"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    composed = compose("train", f"trainer={trainer}").trainer
+    assert (composed.num_nodes, composed.devices) == (3, 8)
