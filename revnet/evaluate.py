@@ -50,7 +50,9 @@ def offer_checkpoint(overrides: list[str]) -> None:
     elif "weights" in given:
         config = _of_weights(given["weights"])
         if not any(text.startswith("data=") for text in overrides):
-            raise ValueError(f"weights={given['weights']} says nothing of data: add data=digits, or what is to be tested")
+            raise ValueError(
+                f"weights={given['weights']} says nothing of data: add data=digits, or what is to be tested"
+            )
     elif not any(text.startswith("-") for text in overrides):
         raise ValueError(f"ckpt_path and weights are missing: revnet-eval {CHECKPOINT}, or weights=PATH data=digits")
     rest = {key: config[key] for key in ("name",) if key in config}

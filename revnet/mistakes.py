@@ -20,6 +20,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from revnet.flows import NonFiniteError
 from revnet.processes import rank
 from revnet.reversible import ReconstructionError
 
@@ -83,6 +84,8 @@ def mistake(error: BaseException) -> str | None:
             f"{line}; or the training diverges: a lower optimizer.lr; callbacks.drift.fall_back_above=0.1 leaves such "
             "steps out and stores from then on"
         )
+    if isinstance(error, NonFiniteError):
+        return f"{line}; a training goes on from its last good checkpoint with run_dir=... ckpt_path=last"
     if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
         if _raised_on_purpose(error):
             return line

@@ -251,7 +251,8 @@ def revnet50(**arguments: Any) -> PreActResNet:
         weights: a file of `save_weights`; no pretrained weights are published yet.
         progress: taken for the sake of torchvision's callers; nothing is downloaded.
         num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as in
-            torchvision's ResNets. Groups and widths are those of the ResNet, from which the inner widths here follow.
+            torchvision's ResNets. Groups and widths are those of the ResNet, from which the inner widths here follow:
+            multiples of 8, so that a `GroupNorm` has 8 groups, say, and not 32.
         small_images: a 3x3 stem of stride 1 without max-pooling, for images of 32x32, say.
         downsampling: "strided", or "space_to_depth" for a `FullyReversibleNet`: one sequence spans all stages, whose
             states have 64, 256, 1024 and 4096 channels.

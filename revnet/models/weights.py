@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     """Writes the `state_dict` of a network as safetensors, with its architecture in the metadata.
 
     Args:
-        network: from a builder of `revnet.models`.
+        network: from a builder of `revnet.models`. If its `fc` has been replaced by another linear layer, the number of
+            classes is that layer's.
         path: the file; one that is there is replaced, when the new one is complete.
 
     Raises:
         ValueError: the network was not made by a builder of `revnet.models`.
+        OSError: the file cannot be written; one that was there before stays as it was.
         ModuleNotFoundError: safetensors is not installed.
 
     Example:
@@ -34,25 +37,36 @@ def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
         ...     save_weights(revnet38(num_classes=7), f"{folder}/weights.safetensors")
         ...     network = revnet38(num_classes=7, weights=f"{folder}/weights.safetensors")
     """
-    architecture = getattr(network, "architecture", None)
+    architecture = _plain(getattr(network, "architecture", None))
     if architecture is None:
         raise ValueError(
             f"network: this {type(network).__name__} does not know its architecture; give save_weights what a builder "
             f"of revnet.models has made"
         )
-    path = Path(path)
+    fc = getattr(network, "fc", None)
+    if isinstance(fc, nn.Linear):
+        architecture["arguments"]["num_classes"] = fc.weight.shape[0]
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    _safetensors().torch.save_file(state, partial, {"architecture": json.dumps(_plain(architecture), sort_keys=True)})
-    partial.replace(path)
+    content = _safetensors().torch.save(state, {"architecture": json.dumps(architecture, sort_keys=True)})
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError:
+        if part.is_file():
+            part.unlink()
+        raise
 
 
 def architecture_of(path: str | PathLike[str]) -> dict[str, Any]:
     """The architecture that a file of weights is for: `{"model": name, "arguments": {...}}`.
 
+    The arguments are numbers, strings, None, and lists of these; a function or class is named by a string.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file of `save_weights`.
+        TypeError, ValueError: as `load_weights`.
     """
     return _open(path)[0]
 
@@ -60,8 +74,12 @@ def architecture_of(path: str | PathLike[str]) -> dict[str, Any]:
 def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     """Reads weights that `save_weights` wrote into a network of the same names and shapes.
 
+    What leaves names and shapes alone may differ: `activations`, `exact`, `replace_stride_with_dilation`, a frozen
+    batch normalisation.
+
     Raises:
         FileNotFoundError: there is no such file; no pretrained weights are published yet.
+        TypeError: it is no path.
         ValueError: it is no file of `save_weights`, or its names or shapes are not the network's; the message names
             both architectures.
     """
@@ -70,25 +88,36 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:  # names or shapes differ
-        first = str(error).splitlines()[1].strip()
+        first = shorten(str(error).splitlines()[1], 200, placeholder=" ...")
+        here = _plain(getattr(network, "architecture", None))
+        reader = f"this {type(network).__name__}" if here is None else _words(here)
         raise ValueError(
-            f"weights={path} are for {_words(held)}, not for {_words(_plain(network.architecture))}, which was to read "
-            f"them: {first}"
+            f"weights={path} are for {_words(held)}, not for {reader}, which was to read them: {first}"
         ) from error
 
 
 def _open(path: str | PathLike[str]) -> tuple[dict[str, Any], safetensors.safe_open]:
+    remedy = "give a file written by revnet.models.save_weights, or leave weights out"
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"weights={path!r} is no path, and no pretrained weights are published yet; {remedy}")
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"weights={path}: no such file, and no pretrained weights are published yet; give a file written by "
-            f"revnet.models.save_weights, or leave weights out"
-        )
+        raise FileNotFoundError(f"weights={path} is not a file, and no pretrained weights are published yet; {remedy}")
     library = _safetensors()
     try:
         file = library.safe_open(path, "pt")
-        return json.loads((file.metadata() or {})["architecture"]), file
-    except (library.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"weights={path} is no file of revnet.models.save_weights: {error}") from error
+    except library.SafetensorError as error:
+        raise ValueError(f"weights={path} is no safetensors file, or one cut short ({error}); {remedy}") from error
+    try:
+        architecture = json.loads((file.metadata() or {})["architecture"])
+    except (KeyError, ValueError):
+        architecture = None
+    match architecture:
+        case {"model": str(), "arguments": dict(arguments)} if all(map(_is_plain, arguments.values())):
+            return architecture, file
+    raise ValueError(
+        f"weights={path} does not say which network of revnet.models it is for; {remedy}, and load it by "
+        f"network.load_state_dict(safetensors.torch.load_file(...))"
+    )
 
 
 def _safetensors() -> Any:
@@ -99,18 +128,25 @@ def _safetensors() -> Any:
     return safetensors
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def _plain(value: Any) -> Any:
     """`value` as JSON has it; functions and classes by their name."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if _is_plain(value):
         return value
-    if isinstance(value, torch.dtype | torch.device):
-        return str(value)
-    function = getattr(value, "func", value)  # of a functools.partial
-    return f"{function.__module__}.{function.__qualname__}"
+    if isinstance(value, partial):
+        given = [*map(str, value.args), *(f"{name}={item}" for name, item in value.keywords.items())]
+        return f"{_plain(value.func)}({', '.join(given)})"
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _words(architecture: dict[str, Any]) -> str:
