@@ -50,9 +50,9 @@ def mistake(error: BaseException) -> str | None:
     """Tell a user's mistake from an error of the program.
 
     Mistakes are what Hydra and OmegaConf refuse, values that a configured object refuses with a ValueError or
-    TypeError, errors of the file system that name a path, and every ValueError, TypeError or FileNotFoundError that
-    this package raises on purpose (by a `raise` statement, in this process or in a data loader's worker). So is the end
-    of another process of a distributed run.
+    TypeError, errors of the file system that name a path, and every ValueError, TypeError, FileNotFoundError or
+    ModuleNotFoundError that this package raises on purpose (by a `raise` statement, in this process or in a data
+    loader's worker). So is the end of another process of a distributed run.
 
     Returns:
         One line for the user, or None.
@@ -86,9 +86,9 @@ def mistake(error: BaseException) -> str | None:
         )
     if isinstance(error, NonFiniteError):
         return f"{line}; a training goes on from its last good checkpoint with run_dir=... ckpt_path=last"
+    if isinstance(error, (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)) and _raised_on_purpose(error):
+        return line
     if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
-        if _raised_on_purpose(error):
-            return line
         return _worker_mistake(str(error)) or (configured and _misfit(configured, target, line)) or None
     if isinstance(error, RuntimeError) and re.search(LOST, f"{type(error).__name__} {line}"):
         return f"another process of the run has ended or hangs; go on with run_dir=... ckpt_path=last ({line[:200]})"

@@ -24,6 +24,10 @@ What somebody who replaces a ResNet should know:
   trains more easily behind a BN.
 - The step between two stages is a strided 1x1 convolution on the way of the identity, as torchvision's, without BN.
 - `zero_init_residual` sets the last convolution of every branch to zero, since no BN follows it.
+
+Names in the `state_dict`: conv1.weight, bn1.*, layerS.U.{f,g}.{convN.weight,bnN.*}, norm.*, fc.*. The step into a stage
+is layerS.0.{f.*,shortcut1.weight,shortcut2.weight} and layerS.1.branch.*; where there is none, unit 0 has no weights.
+They do not change between versions.
 """
 
 from __future__ import annotations

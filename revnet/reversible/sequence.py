@@ -124,7 +124,7 @@ class ReversibleSequence(nn.ModuleList):
 
     def checked(self, activations: Activations) -> Activations:
         """The value, or the plan as a tuple; ValueError if this sequence cannot take it."""
-        if isinstance(activations, str):
+        if isinstance(activations, str) or not isinstance(activations, Iterable):
             return checked_value(activations)
         plan = tuple(checked_value(value) for value in activations)
         if len(plan) != len(self):

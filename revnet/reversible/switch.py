@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +126,7 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
     if not sequences:
         raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
     ends = [slot for slot in found if not isinstance(slot.owner, ReversibleSequence)]
-    if isinstance(activations, str):
+    if isinstance(activations, str) or not isinstance(activations, Iterable):
         checked_value(activations)
         for sequence in sequences:
             sequence.activations = activations

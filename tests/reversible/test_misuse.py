@@ -179,6 +179,8 @@ def test_a_value_that_is_none_of_the_three():
         ReversibleSequence(blocks(2, 4), ["store", "keep"])
     with pytest.raises(ValueError, match="got 'all'"):
         set_activations(sequence("store"), "all")
+    with pytest.raises(ValueError, match="got 3"):
+        set_activations(sequence("store"), 3)
 
 
 @pytest.mark.parametrize("length", [0, 4, 6])
