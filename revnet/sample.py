@@ -37,7 +37,7 @@ def sample(cfg: DictConfig) -> Tensor:
         raise ValueError("ckpt_path is missing: revnet-sample ckpt_path=runs/NAME/DATE/checkpoints/best.ckpt")
     for name, least in {"n": 1, "seed": 0, "columns": 1}.items():
         value = cfg[name]
-        if not (isinstance(value, int) and value >= least or (name == "columns" and value is None)):
+        if not ((isinstance(value, int) and value >= least) or (name == "columns" and value is None)):
             raise ValueError(f"{name}={value}: give a whole number, at least {least}")
     if Path(cfg.out).exists():
         raise ValueError(f"out={cfg.out} exists already: remove it, or give another path")
@@ -52,7 +52,7 @@ def sample(cfg: DictConfig) -> Tensor:
         name = model["_target_"].rpartition(".")[2]
         raise ValueError(f"ckpt_path={cfg.ckpt_path} is of {name}, which has no density to sample from: give a flow's")
     load_weights(DensityEstimator(flow), checkpoint, cfg.ckpt_path)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     flow.to(device).eval()
     classes = model.get("classes")
     columns = cfg.columns or (classes if classes and cfg["class"] is None else math.ceil(math.sqrt(cfg.n)))

@@ -139,6 +139,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     data, task = build(cfg)
+    if cfg.memory_budget is not None and hasattr(task.network, "log_prob"):
+        raise ValueError(f"memory_budget={cfg.memory_budget} is for classifiers: set model.activations for a flow")
     if cfg.memory_budget is not None:
         spend_memory(
             task.network,
@@ -194,9 +196,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def _fit(
-    trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig
-) -> None:
+def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig) -> None:
     """Train, and say in one line what has ended the training early."""
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -216,7 +216,7 @@ def _fit(
             raise
         raise OSError(error.errno, error.strerror, cfg.run_dir) from error
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or hasattr(task.network, "log_prob"):
             raise
         shape = (cfg.data.batch_size, *data.image_shape)  # type: ignore[attr-defined]
         optimizer = instantiate(cfg.optimizer, _convert_="all")

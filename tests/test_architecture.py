@@ -33,7 +33,7 @@ LAYERS = {
     },
     "revnet.training": {
         *("revnet.profiling", "revnet.reversible"),
-        *("torch", "pytorch_lightning", "torchmetrics", "numpy", "rich"),
+        *("torch", "torchvision", "pytorch_lightning", "torchmetrics", "numpy", "rich"),
     },
     "revnet.report": {"rich", "matplotlib", "jinja2"},
     "revnet.processes": {"torch"},

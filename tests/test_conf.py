@@ -22,12 +22,13 @@ from revnet.cli import command, compose
 from revnet.mistakes import mistake
 from revnet.models import list_models
 from revnet.train import build
-from revnet.training import Classifier, DriftGuard, FullyShard, TrainingMonitor
+from revnet.training import Classifier, DensityEstimator, DriftGuard, FullyShard, TrainingMonitor
 from tests.commands import invoke
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
+GROUPS = ("task", "model", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
 PROFILED = ("memory_vs_speed", "resolution")  # for revnet-profile; the others are recipes for revnet-train
+FLOWS = {"nice": "event_shape", "realnvp": "image_shape"}  # which choose their task, and are told the images' shape
 ABSENT = ("trainer.accelerator=cpu", "trainer.devices=1")  # the devices that a trainer asks for may not be there
 make = partial(instantiate, _convert_="all")
 
@@ -55,15 +56,37 @@ def test_the_groups_are_there() -> None:
 
 def test_every_network_of_the_package_is_a_model() -> None:
     torchvision = {f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
-    assert set(options("model")) == set(list_models()) | torchvision
+    assert set(options("model")) == set(list_models()) | torchvision | set(FLOWS)
 
 
-@pytest.mark.parametrize("option", options("model"))
+@pytest.mark.parametrize("option", sorted(set(options("model")) - set(FLOWS)))
 def test_model(option: str) -> None:
     with torch.device("meta"):
         network = make(compose("train", f"model={option}").model, num_classes=7)
     assert isinstance(network, nn.Module)
     assert [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1].out_features == 7
+
+
+@pytest.mark.parametrize(("option", "shape"), FLOWS.items())
+def test_flow(option: str, shape: str) -> None:
+    cfg = compose("train", f"model={option}", "data.channels=1", "data.normalization=unit", "model.classes=10")
+    with torch.device("meta"):
+        data, task = build(cfg)
+    assert isinstance(task, DensityEstimator)
+    assert (cfg.best.monitor, cfg.callbacks.best.monitor, cfg.best.mode) == (*["val/bits_per_dim"] * 2, "min")
+    assert task.network.event_shape == data.image_shape == (1, 8, 8)
+    assert cfg.model[shape] == [1, 8, 8]
+    assert task.network.embedding.num_embeddings == 10
+
+
+def test_the_paper_s_recipe_for_nice() -> None:
+    cfg = compose("train", "experiment=nice_mnist")
+    assert (cfg.data.batch_size, round(60_000 * cfg.data.val_fraction)) == (200, 10_000)
+    assert (cfg.model.couplings, cfg.model.hidden, cfg.model.layers, cfg.model.prior) == (4, 1000, 5, "logistic")
+    adam = cfg.optimizer
+    assert (adam.lr, adam.betas, adam.weight_decay) == (1e-3, [0.9, 0.99], 0)
+    assert adam.eps * 784 == pytest.approx(1e-4, rel=0.01)  # the loss is per dimension, the paper's per image
+    assert cfg.trainer.max_epochs == 1500
 
 
 @pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct"])
@@ -172,12 +195,12 @@ def test_recipe(option: str, image_folder: Path) -> None:
     trainer = make(cfg.trainer, logger=False)
     optimizer = make(cfg.optimizer)(classifier.network.parameters())
     schedule = make(cfg.scheduler)(optimizer, total_steps=trainer.max_steps if trainer.max_steps > 0 else 1000)
-    assert isinstance(classifier, Classifier)
+    assert isinstance(classifier, DensityEstimator if option.startswith(("nice", "realnvp")) else Classifier)
     assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
     assert cfg.name
     assert cfg.run_dir.startswith(f"runs/{cfg.name}/")
     assert classifier.config == OmegaConf.to_container(cfg)
-    assert classifier.config["model"]["num_classes"] == data.num_classes
+    assert classifier.config["model"].get("num_classes", data.num_classes) == data.num_classes
 
 
 @pytest.mark.parametrize("option", PROFILED)

@@ -74,7 +74,11 @@ class MNIST(ImageDataModule):
         if not held_out:
             return train, None, test
         kept = len(train) - held_out
-        return TensorImages(train.images[:kept], train.labels[:kept]), TensorImages(train.images[kept:], train.labels[kept:]), test
+        return (
+            TensorImages(train.images[:kept], train.labels[:kept]),
+            TensorImages(train.images[kept:], train.labels[kept:]),
+            test,
+        )
 
     def _read(self, part: str) -> TensorImages:
         images = self._array(f"{part}-images-idx3-ubyte", dimensions=3)
@@ -82,13 +86,13 @@ class MNIST(ImageDataModule):
         return TensorImages(images[:, None].repeat(1, self.image_shape[0], 1, 1), labels.long())
 
     def _array(self, name: str, dimensions: int) -> Tensor:
-        """The bytes in a file of the IDX format: two zeros, their type, the number of dimensions, each size, the data."""
+        """The bytes in a file of the IDX format: two zeros, type, number of dimensions, each size, the data."""
         places = [folder / f"{name}{end}" for folder in (self.root, self.root / "MNIST/raw") for end in ("", ".gz")]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise FileNotFoundError(
-                f"root={self.root}: {name} is not there, nor {name}.gz; put MNIST's four files there, or fetch them with "
-                f"data.download=true (in Python download=True)"
+                f"root={self.root}: {name} is not there, nor {name}.gz; put MNIST's four files there, or fetch them "
+                f"with data.download=true (in Python download=True)"
             )
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

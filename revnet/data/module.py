@@ -39,8 +39,8 @@ class ImageDataModule(pl.LightningDataModule):
         num_workers: processes that load. None: none for images in memory, else one for each processor.
         val_fraction: share of the training images to validate on, the same of every class; 0 for no validation.
         split_seed: chooses the validation images; nothing else does.
-        normalization: "mean_std", "mean_image", "symmetric", "imagenet" or "unit", see `Normalize.named`. The first two are
-            measured on the training split.
+        normalization: "mean_std", "mean_image", "symmetric", "imagenet" or "unit", see `Normalize.named`. The first two
+            are measured on the training split.
         padding: pixels by which a training image is shifted at most, see `random_crop`.
         flip: mirror training images at random.
         cutout: side in pixels of the square erased from every training image; 0 for none.

@@ -52,6 +52,8 @@ class Classifier(Task):
         norm_momentum: float | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
+        if hasattr(network, "log_prob"):
+            raise TypeError(f"network={type(network).__name__} gives densities and no logits: set task=density")
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         super().__init__(network.to(memory_format=memory_format), optimizer, scheduler, config)
         if norm_momentum is not None:

@@ -92,7 +92,7 @@ class DensityEstimator(Task):
         self.log(f"{split}/bits_per_dim", bits, prog_bar=True, **options)
         return nats
 
-    def configure_model(self) -> None:
+    def setup(self, stage: str) -> None:
         """Refuse to shard: what is sharded is gathered by a network's forward pass, which a flow does not have."""
         if isinstance(self.trainer.strategy, FullyShard):
             raise ValueError("trainer=fsdp is for classifiers: train a flow with trainer=ddp")

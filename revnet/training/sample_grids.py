@@ -92,13 +92,16 @@ class SampleGrids(Callback):
         classes = torch.arange(count, device=images.device) % self.columns
         if flow.embedding is not None:
             classes = classes % flow.embedding.num_embeddings
-        drawn = {"samples": (flow.sample(count, context=estimator.context(classes)), self.columns)}
-        seen = images[: self.columns * max(1, self.rows // 2)]
-        again = flow.decode(flow.encode(seen, estimator.context(labels[: len(seen)])), estimator.context(labels[: len(seen)]))
-        pairs = zip(seen.split(self.columns), again.split(self.columns), strict=True)
-        drawn["reconstructions"] = torch.cat([half for pair in pairs for half in pair if len(half) == self.columns]), self.columns
-        rows = min(self.rows, len(images) // 2)
-        first, last = images[:rows], images[rows : 2 * rows]
-        path = flow.interpolate(first, last, self.columns, estimator.context(labels[:rows]))
-        drawn["interpolations"] = path.transpose(0, 1).flatten(0, 1), self.columns
-        return drawn
+        across = min(self.columns, len(images))
+        down = min(max(1, self.rows // 2), len(images) // across)
+        seen, context = images[: across * down], estimator.context(labels[: across * down])
+        again = flow.decode(flow.encode(seen, context), context)
+        pairs = torch.stack((seen.unflatten(0, (down, across)), again.unflatten(0, (down, across))), 1)
+        pairs_of_ends = min(self.rows, (len(images) + 1) // 2)
+        first, last = images[:pairs_of_ends], images[-pairs_of_ends:]
+        path = flow.interpolate(first, last, self.columns, estimator.context(labels[:pairs_of_ends]))
+        return {
+            "samples": (flow.sample(count, context=estimator.context(classes)), self.columns),
+            "reconstructions": (pairs.flatten(0, 2), across),
+            "interpolations": (path.transpose(0, 1).flatten(0, 1), self.columns),
+        }

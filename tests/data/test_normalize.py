@@ -29,6 +29,12 @@ def test_symmetric_reaches_from_minus_one_to_one():
     assert Normalize.named("symmetric")(ends).flatten().tolist() == [-1, 1]
 
 
+def test_unit_is_what_flows_take():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    output = Normalize.named("unit")(levels)
+    assert torch.equal(output, levels / 255)
+
+
 def test_imagenet_is_what_the_weights_of_torchvision_expect(images):
     from torchvision.models import ResNet18_Weights
 
