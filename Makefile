@@ -15,7 +15,7 @@ train: $(READY) ## Train RevNet-38 and ResNet-32 on real digits and compare them
 	$(BIN)/python experiments/quickstart.py
 
 test: lint check-wheel ## Lint, types, the wheel check, then every test that is neither slow nor for a GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu" --promises
+	$(BIN)/python -m pytest -m "not slow and not gpu" --promises --numprocesses 2 --dist loadfile
 
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,10 +66,20 @@ class Promises:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and not report.skipped:
-            self.seen[_function(report.nodeid)].ran = True
+            self.seen.setdefault(_function(report.nodeid), _Seen()).ran = True
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker of pytest-xdist has ended: it collected the tests, and reports of those that it ran came here."""
+        for function, marks in getattr(node, "workeroutput", {}).get("promises", {}).items():
+            self.seen.setdefault(function, _Seen()).marks += map(set, marks)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            collected = {function: list(map(sorted, seen.marks)) for function, seen in self.seen.items()}
+            session.config.workeroutput["promises"] = collected
+            return
         self.broken = list(self._complaints())
         if self.broken and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -114,6 +114,17 @@ def test_a_test_that_is_deselected_did_not_run(session):
     result.stdout.fnmatch_lines(["promise 1: tests/test_it.py::test_plain was not run*"])
 
 
+def test_what_the_workers_of_a_parallel_session_ran_counts(session):
+    rows = ((link("test_plain"), ""), (f"{link('test_plain')} {link('test_on_a_gpu')}", UNMEASURED))
+    parallel = ("--promises", "-p", "xdist", "-n", "2")
+    assert session(*rows, arguments=parallel).ret == 0
+    result = session(*rows, (link("test_skipped"), ""), (link("test_slow"), ""), arguments=parallel)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["promise 3: tests/test_it.py::test_skipped was not run*", "promise 4: tests/test_it.py::test_slow is slow*"]
+    )
+
+
 def test_a_session_that_runs_nothing_fails(session):
     result = session((link("test_plain"), ""), select="nothing")
     assert result.ret == 1
