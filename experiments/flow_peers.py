@@ -170,6 +170,7 @@ def main() -> None:
     for axes, (label, (key, scale)) in zip(panels, values.items(), strict=True):
         bars = axes.bar(NAMES, [scale * row[key] for row in rows], color=["C1", "C0", "C7"])
         axes.bar_label(bars, fmt="{:.2f}" if scale == 1 else "{:.0f}")
+        axes.margins(y=0.1)
         axes.set_title(label)
     figure.suptitle(
         f"{COUPLINGS} couplings of width {WIDTH}, batch {options.batch}, {hardware()['device']}", fontsize=10
