@@ -22,7 +22,7 @@ from importlib.metadata import version
 from typing import Any
 
 import matplotlib
-import normflows  # type: ignore[import-untyped]
+import normflows
 import torch
 from contest import take_turns
 from recording import allocator_keeps_memory, hardware, record, result_path

@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 
+from revnet.training.fully_shard import FullyShard
+
 __all__ = ["WeightAverage"]
 
 
@@ -20,6 +22,12 @@ class WeightAverage(EMAWeightAveraging):
 
     Lightning's own puts the weights of training back whenever a checkpoint is read, for a test as well.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse weights that are shared out among devices: no device has all of them to average."""
+        if isinstance(trainer.strategy, FullyShard):
+            raise ValueError("callbacks=ema does not go with trainer=fsdp: average under trainer=ddp, or leave it out")
+        super().setup(trainer, pl_module, stage)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

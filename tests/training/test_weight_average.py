@@ -1,10 +1,12 @@
+from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from revnet.training import Classifier, WeightAverage
+from revnet.training import Classifier, FullyShard, WeightAverage
 from tests.training.tiny import tiny_batches, tiny_network
 
 
@@ -45,3 +47,9 @@ def test_the_average_is_kept_and_tested_and_the_weights_are_trained(tmp_path):
     assert torch.equal(checkpoint["current_model_state"]["network.0.weight"], second)
     trainer.test(classifier, tiny_batches(2), ckpt_path=path, weights_only=True, verbose=False)
     torch.testing.assert_close(classifier.network[0].weight, average)
+
+
+def test_sharded_weights_are_not_averaged():
+    trainer = SimpleNamespace(strategy=FullyShard(timedelta(minutes=1)))
+    with pytest.raises(ValueError, match="callbacks=ema does not go with trainer=fsdp"):
+        WeightAverage(decay=0.5).setup(trainer, Classifier(tiny_network()), "fit")
