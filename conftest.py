@@ -16,4 +16,5 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    """Doctests too: a sum in the last bit of its output must not depend on the order of the tests."""
     torch.manual_seed(0)
