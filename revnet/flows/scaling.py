@@ -13,19 +13,55 @@ from revnet.reversible import is_recomputing
 __all__ = ["ActNorm", "Scaling"]
 
 
-class Scaling(Bijection):
+class _FromFirstBatch(Bijection):
+    """A layer whose parameters are set by the first batch that goes forward through it in training mode."""
+
+    initialised: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("initialised", torch.tensor(False))
+        self._seen = False  # the buffer was True when last read: asking it again would wait for the device
+
+    def _look_at(self, x: Tensor) -> None:
+        # A second evaluation in the backward pass has the buffers of the first, and is none to initialise.
+        if self.training and not self._seen and not is_recomputing():
+            if not self.initialised:
+                with torch.no_grad():
+                    self._initialise(x)
+                    self.initialised.fill_(True)
+            self._seen = True
+
+    def _initialise(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._seen = False
+
+
+class Scaling(_FromFirstBatch):
     """y = x * exp(s), component by component; log-determinant sum(s).
 
-    Source: Dinh, Krueger, Bengio 2014 (NICE), section 3.3.
+    The first batch that goes forward through it in training mode sets s so that every component of that batch comes out
+    with variance 1, as in `ActNorm`: where the data are almost constant, as at the border of digits, the likelihood is
+    highest under factors of hundreds, to which steps of 1e-3 take thousands of batches.
+
+    Source: Dinh, Krueger, Bengio 2014 (NICE), section 3.3; there without a word on how s begins.
 
     Args:
         shape: of an example.
 
+    Attributes:
+        initialised: whether s has been set, a buffer, so that a checkpoint says so too.
+
     Example:
         >>> import torch
         >>> from revnet.flows import Scaling
-        >>> Scaling((6,)).forward_and_log_det(torch.randn(2, 6))[1]
-        tensor([0., 0.], grad_fn=<ExpandBackward0>)
+        >>> x = torch.randn(64, 6) * 0.01
+        >>> y, log_det = Scaling((6,)).forward_and_log_det(x)
+        >>> bool((y.std(0, correction=0) - 1).abs().max() < 1e-4), log_det.shape
+        (True, torch.Size([64]))
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -34,14 +70,18 @@ class Scaling(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Output and log-determinant of shape (B,)."""
+        self._look_at(x)
         return x * self.log_scale.exp(), self.log_scale.sum().expand(x.shape[0])
 
     def inverse_and_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Input and the negative log-determinant."""
         return y * (-self.log_scale).exp(), -self.log_scale.sum().expand(y.shape[0])
 
+    def _initialise(self, x: Tensor) -> None:
+        self.log_scale.copy_(-_mean_and_deviation(x, [0])[1].log().reshape(self.log_scale.shape))
 
-class ActNorm(Bijection):
+
+class ActNorm(_FromFirstBatch):
     """y = (x + b) * exp(s) for every channel; log-determinant sum(s) times the number of positions.
 
     The first batch that goes forward through it in training mode sets b and s so that every channel of that batch comes
@@ -64,22 +104,14 @@ class ActNorm(Bijection):
         (True, True)
     """
 
-    initialised: Tensor
-
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("initialised", torch.tensor(False))
-        self._seen = False  # the buffer was True when last read: asking it again would wait for the device
 
     def forward_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Output and log-determinant of shape (B,)."""
-        # A second evaluation in the backward pass has the buffers of the first, and is none to initialise.
-        if self.training and not self._seen and not is_recomputing():
-            if not self.initialised:
-                self._initialise(x)
-            self._seen = True
+        self._look_at(x)
         shift, log_scale = (p.view(-1, *[1] * (x.ndim - 2)) for p in (self.shift, self.log_scale))
         return (x + shift) * log_scale.exp(), self._log_det(x)
 
@@ -91,22 +123,21 @@ class ActNorm(Bijection):
     def _log_det(self, x: Tensor) -> Tensor:
         return (self.log_scale.sum() * x[0, 0].numel()).expand(x.shape[0])
 
-    @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
-        values = x.transpose(0, 1).flatten(1)
-        mean = _mean_over_processes(values.mean(1))
-        deviation = _mean_over_processes((values - mean[:, None]).square().mean(1)).sqrt()
-        deviation = torch.where(deviation > 1e-6, deviation, 1.0)  # a constant channel has no scale to learn from
+        mean, deviation = _mean_and_deviation(x, [0, *range(2, x.ndim)])
         self.shift.copy_(-mean)
         self.log_scale.copy_(-deviation.log())
-        self.initialised.fill_(True)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._seen = False
 
     def extra_repr(self) -> str:
         return f"{self.shift.numel()}"
+
+
+def _mean_and_deviation(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Over `dims` and over the batches of all processes."""
+    mean = _mean_over_processes(x.mean(dims, keepdim=True))
+    deviation = _mean_over_processes((x - mean).square().mean(dims)).sqrt()
+    # What is constant has no scale to learn from.
+    return mean.squeeze(dims), torch.where(deviation > 1e-6, deviation, 1.0)
 
 
 def _mean_over_processes(x: Tensor) -> Tensor:

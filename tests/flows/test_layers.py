@@ -70,7 +70,7 @@ def build(name, activations="reconstruct"):
         for parameter in sequence.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     for module in sequence.modules():
-        if isinstance(module, ActNorm):
+        if isinstance(module, ActNorm | Scaling):
             module.initialised.fill_(True)
     return sequence
 

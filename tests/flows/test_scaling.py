@@ -36,30 +36,50 @@ def test_gradients_of_the_first_step_are_those_of_an_initialised_layer(activatio
     torch.testing.assert_close(first, [p.grad for p in layer.parameters()])
 
 
-def test_a_checkpoint_says_that_it_is_initialised():
-    layer = ActNorm(3)
+@EVERY
+def test_scaling_is_initialised_once_from_the_first_batch(activations):
+    layer = Scaling((3, 4, 4))
+    sequence = ReversibleSequence([layer], activations)
+    y = sequence(5 + torch.logspace(-2, 2, 48).view(3, 4, 4) * torch.randn(8, 3, 4, 4))
+    torch.testing.assert_close(y.var(0, correction=0), torch.ones(3, 4, 4), atol=1e-4, rtol=0)
+    before = copy.deepcopy(layer.state_dict())
+    assert before["initialised"]
+    y.square().sum().backward()
+    sequence(torch.randn(8, 3, 4, 4)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert layer.log_scale.grad is not None
+
+
+BOTH = pytest.mark.parametrize("build", [lambda: ActNorm(3), lambda: Scaling((3,))], ids=["ActNorm", "Scaling"])
+
+
+@BOTH
+def test_a_checkpoint_says_that_it_is_initialised(build):
+    layer = build()
     layer(1 + torch.randn(8, 3))
-    restored = ActNorm(3)
-    restored(7 + torch.randn(8, 3))
+    restored = build()
+    restored(7 + 2 * torch.randn(8, 3))
     restored.load_state_dict(layer.state_dict())
-    x = 9 + torch.randn(8, 3)
+    x = 9 + 3 * torch.randn(8, 3)
     assert torch.equal(restored(x), layer(x))
-    restored.load_state_dict(ActNorm(3).state_dict())  # and that it is not
-    assert restored(x).mean().abs() < 1e-4
+    restored.load_state_dict(build().state_dict())  # and that it is not
+    torch.testing.assert_close(restored(x).std(0, correction=0), torch.ones(3))
 
 
-def test_evaluation_does_not_initialise():
-    layer, x = ActNorm(3).eval(), torch.randn(8, 3)
+@BOTH
+def test_evaluation_does_not_initialise(build):
+    layer, x = build().eval(), torch.randn(8, 3)
     assert torch.equal(layer(x), x)
     assert torch.equal(layer.train().inverse(x), x)
     assert not layer.initialised
 
 
 def test_a_constant_channel_keeps_its_scale():
-    layer = ActNorm(2)
-    y = layer(torch.stack((torch.full((8,), 3.0), torch.randn(8)), 1))
-    assert layer.log_scale[0] == 0
-    assert torch.equal(y[:, 0], torch.zeros(8))
+    x = torch.stack((torch.full((8,), 3.0), torch.randn(8)), 1)
+    layer, scaling = ActNorm(2), Scaling((2,))
+    assert torch.equal(layer(x)[:, 0], torch.zeros(8))
+    assert torch.equal(scaling(x)[:, 0], x[:, 0])
+    assert layer.log_scale[0] == scaling.log_scale[0] == 0
 
 
 def test_half_is_0_or_1():
