@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from revnet.cli import command
 from revnet.mistakes import leave
-from revnet.reversible import compile_branches
+from revnet.reversible import compile_branches, set_chunk_size
 from revnet.run_directory import with_saved_overrides
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
@@ -152,6 +152,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         )
     if cfg.compile:
         compile_branches(task.network)
+    if cfg.chunk_size is not None:
+        set_chunk_size(task.network, cfg.chunk_size)
     ckpt_path = cfg.ckpt_path
     if ckpt_path == "last":
         found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))

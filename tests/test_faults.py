@@ -37,6 +37,13 @@ TRAINING = (
     *("callbacks.model_summary=null", "+trainer.enable_model_summary=false"),
     *("callbacks.progress_bar=null", "+trainer.enable_progress_bar=false"),
 )
+# Averaged weights, and clipped gradients of two batches each: the odd last batch of an epoch is a step alone.
+AVERAGE = (
+    "callbacks=ema",
+    "callbacks.ema.update_every_n_steps=1",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.gradient_clip_val=0.5",
+)
 TIMES = {"images_per_second", "peak_memory_mib"}
 
 
@@ -63,6 +70,8 @@ def outcome(directory: Path) -> dict[str, Any]:
     return {
         "lines": lines,
         **{key: last[key] for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")},
+        "average": last.get("averaging_state"),
+        "weights": last.get("current_model_state"),
         "random": last["continuation"]["random"],
         "best": best["state_dict"],
     }
@@ -99,12 +108,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
 
 
 @pytest.mark.parametrize(
-    ("hook", "call"),
-    [("on_train_batch_end", 11), ("on_train_epoch_end", 2)],
-    ids=["in the middle of an epoch", "at the end of an epoch"],
+    ("hook", "call", "options"),
+    [("on_train_batch_end", 11, ()), ("on_train_batch_end", 11, AVERAGE), ("on_train_epoch_end", 2, ())],
+    ids=["in the middle of an epoch", "with an average of the weights", "at the end of an epoch"],
 )
 def test_a_killed_training_goes_on_to_the_same_bits(
-    hook: str, call: int, undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
+    hook: str, call: int, options: tuple[str, ...], undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     script = f"""
 import itertools, os, signal
@@ -116,11 +125,13 @@ def kill(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 LastCheckpoint.{hook} = kill
 """
-    killed = start(tmp_path / "run", *TRAINING, script=script)
+    killed = start(tmp_path / "run", *TRAINING, *options, script=script)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert train(tmp_path / "run", "ckpt_path=last") == 0
-    assert differences(undisturbed(), outcome(tmp_path / "run")) == []
+    expected = undisturbed(*options)
+    assert bool(expected["average"]) == bool(options)
+    assert differences(expected, outcome(tmp_path / "run")) == []
 
 
 @pytest.mark.slow
@@ -128,7 +139,7 @@ LastCheckpoint.{hook} = kill
 def test_a_training_killed_at_a_random_moment_goes_on_to_the_same_bits(
     seed: int, undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    longer = ("trainer.max_epochs=40",)
+    longer = ("trainer.max_epochs=40", *(AVERAGE if seed % 2 else ()))
     process = start(tmp_path / "run", *TRAINING, *longer)
     while not (tmp_path / "run/environment.json").exists():
         assert process.poll() is None, process.communicate()[1]
@@ -160,6 +171,7 @@ class Fault(pl.Callback):
         ("SIGINT", 10, 130, ()),
         ("SIGTERM", 9, 143, ("data.num_workers=1",)),
         ("SIGTERM", 9, 143, ("trainer.accumulate_grad_batches=2",)),
+        ("SIGTERM", 9, 143, AVERAGE),
         ("SIGTERM", 9, 143, ("trainer.max_steps=16",)),
         ("SIGTERM", 12, 143, ("trainer.max_steps=16",)),
     ],

@@ -250,6 +250,18 @@ def test_compile_is_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [type(network).__name__ for network in compiled] == ["RevNet"]
 
 
+def test_chunk_size_is_set_in_every_sequence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.nn.Module, int]] = []
+    monkeypatch.setattr(train_module, "set_chunk_size", lambda *given: seen.append(given))
+    assert train("chunk_size=4", "callbacks=none", "logger=none") == 0
+    assert [(type(network).__name__, size) for network, size in seen] == [("RevNet", 4)]
+    monkeypatch.undo()
+    assert train("chunk_size=0", "callbacks=none", "logger=none") == 1
+    assert capsys.readouterr().err == "revnet-train: chunk_size=0: give a number of layers, at least 1, or None\n"
+
+
 def test_compile_of_a_network_without_sequences_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("compile=true", "model=resnet18", "callbacks=none", "logger=none") == 1
     assert "ResNet holds no ReversibleSequence" in capsys.readouterr().err.splitlines()[-1]

@@ -7,7 +7,7 @@ from revnet.reversible.halves import Merge, Rearrangement, Split, split_halves
 from revnet.reversible.inverted import invert
 from revnet.reversible.sequence import ACTIVATIONS, Activations, ReversibleSequence
 from revnet.reversible.squeeze import Squeeze
-from revnet.reversible.switch import Slot, Switched, set_activations, slots
+from revnet.reversible.switch import Slot, Switched, set_activations, set_chunk_size, slots
 from revnet.reversible.watch import ReconstructionError, ReconstructionWarning, Watch
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "invert",
     "is_recomputing",
     "set_activations",
+    "set_chunk_size",
     "slots",
     "split_halves",
 ]

@@ -81,6 +81,9 @@ class ReversibleSequence(nn.ModuleList):
         check_determinism: True compares a few values of what a branch (a recomputed layer) returns in the backward pass
             with those of the forward pass and raises RuntimeError, naming it, where they differ by more than
             `watch.warn_above` allows. It waits for the device at every branch: for debugging. False by default.
+        chunk_size: after how many layers the backward pass hands over the gradients that it has; None, the default, for
+            all at its end. With 4, say, DistributedDataParallel averages them while the backward pass goes on, and
+            fewer of them wait; each chunk keeps its output.
 
     Memory under "reconstruct" is the sequence's output and the activations of one branch, whatever the depth. Use
     "store" where memory is not short: it is the fastest. Under "recompute" and "reconstruct" the graph is
@@ -108,6 +111,7 @@ class ReversibleSequence(nn.ModuleList):
         self._errors: dict[int, Tensor] = {}
         self._inspected: set[Any] = set()
         self._inverted: tuple[tuple[nn.Module, ...], ReversibleSequence] | None = None
+        self._chunk_size: int | None = None
         self.watch = Watch()
         self.activations = activations
 
@@ -199,9 +203,9 @@ class ReversibleSequence(nn.ModuleList):
     def inv(self) -> ReversibleSequence:
         """The sequence of the inverted layers, last first: its `forward` is `inverse`, with this sequence's memory.
 
-        It shares parameters, `watch` and `reconstruction_error` with this one, and takes its `activations`, `exact` and
-        `check_determinism` whenever it is asked for. It holds the same branches, each still evaluated once in the
-        backward pass, and its log-determinant is the negative.
+        It shares parameters, `watch` and `reconstruction_error` with this one, and takes its `activations`, `exact`,
+        `check_determinism` and `chunk_size` whenever it is asked for. It holds the same branches, each still evaluated
+        once in the backward pass, and its log-determinant is the negative.
 
         Raises:
             ValueError: a layer has no inverse.
@@ -223,6 +227,7 @@ class ReversibleSequence(nn.ModuleList):
         inverted, activations = self._inverted[1], self._activations
         inverted._activations = activations if isinstance(activations, str) else tuple(reversed(activations))
         inverted._exact, inverted.check_determinism = self._exact, self.check_determinism
+        inverted._chunk_size = self._chunk_size
         inverted.watch, inverted._errors = self.watch, self._errors
         return inverted
 
@@ -270,6 +275,17 @@ class ReversibleSequence(nn.ModuleList):
             self._check_exact()
         self._exact = exact
 
+    @property
+    def chunk_size(self) -> int | None:
+        """After how many layers the backward pass hands over their gradients; None for all at its end."""
+        return self._chunk_size
+
+    @chunk_size.setter
+    def chunk_size(self, chunk_size: int | None) -> None:
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size={chunk_size!r}: give a number of layers, at least 1, or None")
+        self._chunk_size = chunk_size
+
     def _check_exact(self) -> None:
         for index, layer in enumerate(self):
             if not _can_be_exact(layer):
@@ -315,7 +331,7 @@ class ReversibleSequence(nn.ModuleList):
         return (tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {}),)
 
     def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[str, ...]]]:
-        """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function)."""
+        """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function a chunk)."""
         plan = list(self.plan())
         if not torch.is_grad_enabled() or _ordinary_only():
             plan = ["store"] * len(plan)
@@ -329,7 +345,9 @@ class ReversibleSequence(nn.ModuleList):
                 plan[:frozen] = ["store"] * frozen
         for _, run in groupby(zip(self, plan, strict=True), key=lambda pair: pair[1] == "store"):
             layers, values = zip(*run, strict=True)
-            yield layers, values
+            size = self._chunk_size or len(layers)
+            for first in range(0, len(layers), size):
+                yield layers[first : first + size], values[first : first + size]
 
     # nn.ModuleList's own leaves out `extra_repr`.
     __repr__ = nn.Module.__repr__

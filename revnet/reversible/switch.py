@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from revnet.reversible.sequence import Activations, ReversibleSequence, checked_value
 
-__all__ = ["Slot", "Switched", "set_activations", "slots"]
+__all__ = ["Slot", "Switched", "set_activations", "set_chunk_size", "slots"]
 
 
 class Switched(nn.Module):
@@ -122,9 +122,7 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
         >>> set_activations(network, "recompute")
     """
     found = slots(module)
-    sequences = list(dict.fromkeys(slot.owner for slot in found if isinstance(slot.owner, ReversibleSequence)))
-    if not sequences:
-        raise ValueError(f"set_activations: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
+    sequences = _sequences("set_activations", module)
     ends = [slot for slot in found if not isinstance(slot.owner, ReversibleSequence)]
     if isinstance(activations, str) or not isinstance(activations, Iterable):
         checked_value(activations)
@@ -154,3 +152,33 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
     for slot, value in zip(found, values, strict=True):
         if slot in ends:
             slot.set_end(value)
+
+
+def set_chunk_size(module: nn.Module, chunk_size: int | None) -> None:
+    """Sets after how many layers the backward pass of every sequence hands over the gradients that it has.
+
+    For training in several processes, which average gradients while the backward pass goes on: see `chunk_size` of
+    `ReversibleSequence`. In one process it only costs memory: each chunk keeps its output.
+
+    Args:
+        module: a network or a sequence.
+        chunk_size: a number of layers, or None for all of a sequence.
+
+    Raises:
+        ValueError: the module has no sequence, or `chunk_size` is no number of layers.
+
+    Example:
+        >>> from revnet.models import revnet38
+        >>> from revnet.reversible import set_chunk_size
+        >>> network = revnet38(num_classes=10)
+        >>> set_chunk_size(network, 4)
+    """
+    for sequence in _sequences("set_chunk_size", module):
+        sequence.chunk_size = chunk_size
+
+
+def _sequences(caller: str, module: nn.Module) -> list[ReversibleSequence]:
+    found = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
+    if not found:
+        raise ValueError(f"{caller}: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
+    return found

@@ -20,6 +20,7 @@ def configured(activations, exact):
     net = sequence([activations, "store", *[activations] * 4], exact=exact)
     net.watch = Watch(warn_above=0.5, raise_above=0.75)
     net.check_determinism = True
+    net.chunk_size = 2
     return net
 
 
@@ -43,7 +44,7 @@ def test_a_copy_has_the_settings_and_a_life_of_its_own(activations, exact, clone
     net = configured(activations, exact)
     step(net, x)
     twin = clone(net)
-    assert (twin.plan(), twin.exact, twin.check_determinism) == (net.plan(), exact, True)
+    assert (twin.plan(), twin.exact, twin.check_determinism, twin.chunk_size) == (net.plan(), exact, True, 2)
     assert (twin.watch.warn_above, twin.watch.raise_above) == (0.5, 0.75)
     (y, expected), (z, found) = step(net, x), step(twin, x)
     assert torch.equal(y, z)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from revnet import ReversibleBlock, ReversibleSequence
-from revnet.reversible import Merge, Split
+from revnet.reversible import Merge, Split, set_chunk_size
 from tests.reversible.networks import BRANCHES, EXACT, MODES, relative, sequence
 
 SECONDS = 60
@@ -98,6 +98,12 @@ def ddp_deviates(build, activations, exact, kwargs, iterations=5, micro_batches=
         torch.testing.assert_close(found, expected, rtol=1.3e-6, atol=5e-5)
 
 
+def chunked(activations, exact):
+    net = network(activations, exact)
+    set_chunk_size(net, 2)
+    return net
+
+
 def with_unused(activations, exact):
     return network(activations, exact, unused=True)
 
@@ -111,10 +117,20 @@ def with_unused(activations, exact):
         (network, {"static_graph": True}),
         (network, {"gradient_as_bucket_view": True}),
         (network, {"bucket_cap_mb": 0.001}),
+        (chunked, {"bucket_cap_mb": 0.001}),
         (shared, {}),
         (shared, {"static_graph": True}),
     ],
-    ids=["default", "unused", "static", "bucket-view", "many-buckets", "shared-weights", "shared-weights-static"],
+    ids=[
+        "default",
+        "unused",
+        "static",
+        "bucket-view",
+        "many-buckets",
+        "chunks",
+        "shared-weights",
+        "shared-weights-static",
+    ],
 )
 def test_ddp_trains_as_one_process_with_both_batches(together, activations, exact, build, kwargs):
     together(ddp_deviates, build, activations, exact, kwargs)
