@@ -30,6 +30,7 @@ class Classifier(Task):
             network's own weights are laid out again.
         norm_momentum: weight of one batch in the running statistics of batch normalisation; None leaves the network's
             own. The paper's 0.01 needs thousands of steps before validation means anything.
+        test_time_flip: validate and test on the mean of the logits of every image and its mirror image.
 
     Logged: `train/loss` per step, `{train,val,test}/accuracy` and `{val,test}/loss` per epoch. No step waits for the
     device.
@@ -50,6 +51,7 @@ class Classifier(Task):
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         channels_last: bool = False,
         norm_momentum: float | None = None,
+        test_time_flip: bool = False,
         config: dict[str, Any] | None = None,
     ) -> None:
         if hasattr(network, "log_prob"):
@@ -65,6 +67,7 @@ class Classifier(Task):
         if not 0 <= smoothing <= 1:
             raise ValueError(f"label_smoothing={smoothing}: give a share from 0 to 1")
         self._memory_format = memory_format
+        self.test_time_flip = test_time_flip
         # Without validation of its arguments an update is a few asynchronous kernels.
         self.train_accuracy = MulticlassAccuracy(average="micro", validate_args=False)
         self.val_accuracy = MulticlassAccuracy(average="micro", validate_args=False)
@@ -93,6 +96,8 @@ class Classifier(Task):
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, accuracy: Metric) -> Tensor:
         images, labels = batch
         logits = self(images)
+        if self.test_time_flip and split != "train":
+            logits = (logits + self(images.flip(-1))) / 2
         # Labels of mixed images are shares of the classes, of which the largest counts.
         accuracy.update(logits.detach(), labels if labels.ndim == 1 else labels.argmax(dim=1))
         # Once an epoch, so that the progress bar does not wait for the device at every step.

@@ -37,6 +37,24 @@ def test_reported_numbers_are_those_of_the_whole_split(fit: Fit) -> None:
     assert trainer.callback_metrics["test/accuracy"].item() == pytest.approx(correct)
 
 
+def test_flipped_images_are_averaged_in_validation_and_test_but_not_in_training(fit: Fit) -> None:
+    plain, flipping = (Classifier(tiny_network(), SGD, test_time_flip=flip) for flip in (False, True))
+    flipping.load_state_dict(plain.state_dict())
+    images, labels = (torch.cat(parts) for parts in zip(*tiny_batches(7), strict=True))
+    fit(flipping)
+    plain.load_state_dict(flipping.state_dict())
+    trainer = pl.Trainer(**{"logger": False, "enable_progress_bar": False, "enable_model_summary": False})
+    trainer.test(flipping, DataLoader(TensorDataset(images, labels), 20), verbose=False)
+    with torch.no_grad():
+        logits = (plain.eval()(images) + plain(images.flip(-1))) / 2
+    assert trainer.callback_metrics["test/loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item())
+    calls: list[int] = []
+    flipping.network.register_forward_hook(lambda *_: calls.append(1))
+    flipping.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    flipping.training_step((images, labels), 0)
+    assert len(calls) == 1
+
+
 def test_the_schedule_is_stepped_every_step_over_the_trainer_s_total(fit: Fit) -> None:
     totals = []
 

@@ -1,0 +1,214 @@
+"""RevNets against their ResNet twins on CIFAR-10 as a folder of images: test error, time to accuracy, peak memory.
+
+The same recipe for all: bf16 autocast, channels_last, one cycle of SGD with Nesterov momentum, batch 128, shifts,
+mirror images, cutout, label smoothing. The epoch that is best on a fixed tenth of the training images is tested, once
+as it is and once with the logits of every image and its mirror image averaged. Activations are stored where the
+network is no RevNet, reconstructed where it is: "revnet38" in floating point, "revnet38 exact" on the grid. What is in
+ROOT/train and ROOT/test decides what the figures mean: NAME says it.
+
+    python experiments/cifar10_accuracy.py ROOT [--name "CIFAR-10 (JPEG q75)"] [--epochs 30] [--seeds 0 1 2]
+        [--networks resnet32 revnet38 "revnet38 exact"] [--device cpu]
+
+Each run is written as it ends to experiments/results/cifar10_HARDWARE_DATE.json, with its whole configuration; one that
+is there already is not repeated, one that was stopped goes on. The picture beside it shows the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from recording import ROOT, allocator_keeps_memory, record, resumed
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from revnet.cli import compose
+from revnet.models import get_model
+from revnet.profiling import measure_memory
+from revnet.train import build, train
+from revnet.training import load_weights, read_checkpoint
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet32": ("resnet32", {}),
+    "revnet38": ("revnet38", {"exact": False}),
+    "revnet38 exact": ("revnet38", {"exact": True}),
+    "resnet110": ("resnet110", {}),
+    "revnet110": ("revnet110", {"exact": False}),
+}
+TWINS = {"revnet38": "resnet32", "revnet38 exact": "resnet32", "revnet110": "resnet110"}
+
+
+def run(network: str, seed: int, options: argparse.Namespace) -> Row:
+    """Trains, tests and measures one network."""
+    name, arguments = NETWORKS[network]
+    directory = ROOT / "runs" / "cifar10" / f"{network.replace(' ', '_')}_{seed}_{options.epochs}"
+    cfg = compose(
+        "train",
+        "experiment=cifar10_fast",
+        f"model={name}",
+        *(f"model.{key}={value}" for key, value in arguments.items()),
+        "data=image_folder",
+        f"data.root={Path(options.root).resolve()}",
+        "data.batch_size=128",
+        "optimizer.lr=0.1",
+        f"trainer={'cpu' if options.device == 'cpu' else 'gpu'}",
+        "trainer.precision=bf16-mixed",
+        f"trainer.max_epochs={options.epochs}",
+        f"seed={seed}",
+        f"run_dir={directory}",
+        "ckpt_path=last",
+    )
+    metrics = train(cfg)
+    flipped = test_accuracy_with_flip(cfg, directory / "checkpoints" / "best.ckpt")
+    images = torch.randn(128, 3, 32, 32, device=options.device).contiguous(memory_format=torch.channels_last)
+    module = get_model(name, **arguments).to(options.device).to(memory_format=torch.channels_last)
+    labels = torch.zeros(128, dtype=torch.long, device=options.device)
+    memory = measure_memory(module, images, lambda y: F.cross_entropy(y.float(), labels), torch.bfloat16)
+    rate = median(values(directory, "images_per_second"))
+    configuration = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(configuration, dict)
+    configuration["data"]["root"], configuration["run_dir"] = "ROOT", str(directory.relative_to(ROOT))
+    return {
+        "network": network,
+        "seed": seed,
+        "epochs": options.epochs,
+        "test_accuracy": metrics["test/accuracy"],
+        "test_accuracy_with_flip": flipped,
+        "images_per_second": rate,
+        "seconds_per_epoch": train_images(cfg) / rate,
+        "peak_bytes_of_activations": memory.peak,
+        "val_accuracy": values(directory, "val/accuracy"),
+        "configuration": configuration,
+    }
+
+
+def test_accuracy_with_flip(cfg: DictConfig, checkpoint: Path) -> float:
+    cfg = cfg.copy()
+    cfg.task.test_time_flip = True
+    data, task = build(cfg)
+    load_weights(task, read_checkpoint(str(checkpoint)), str(checkpoint))
+    trainer = instantiate(cfg.trainer, _convert_="all", logger=False, enable_checkpointing=False)
+    (metrics,) = trainer.test(task, datamodule=data, verbose=False)
+    return float(metrics["test/accuracy"])
+
+
+def train_images(cfg: DictConfig) -> int:
+    data = instantiate(cfg.data, _convert_="all")
+    data.setup()
+    return len(data.splits["train"])
+
+
+def values(directory: Path, column: str) -> list[float]:
+    """A column of the run's log; the log of a run that went on has the lines of before as well."""
+    newest = max((directory / "csv").iterdir(), key=lambda version: int(version.name.partition("_")[2]))
+    with (newest / "metrics.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+
+
+def error(row: Row) -> float:
+    """Test error in percent."""
+    return 100 * (1 - row["test_accuracy"])
+
+
+def difference(rows: Iterable[Row], network: str, epochs: int) -> tuple[float, tuple[float, float] | None] | None:
+    """Mean test error of a RevNet less that of its twin, in points, and the 95 % interval (Welch)."""
+    rows = [row for row in rows if row["epochs"] == epochs]
+    own, twin = ([error(row) for row in rows if row["network"] == name] for name in (network, TWINS.get(network)))
+    if not own or not twin:
+        return None
+    if min(len(own), len(twin)) < 2:
+        return mean(own) - mean(twin), None
+    interval = stats.ttest_ind(own, twin, equal_var=False).confidence_interval(0.95)
+    return mean(own) - mean(twin), (interval.low, interval.high)
+
+
+def draw(rows: list[Row], title: str, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    for row in rows:
+        curve = [100 * value for value in row["val_accuracy"]]
+        epochs = range(1, len(curve) + 1)
+        color = f"C{list(NETWORKS).index(row['network'])}"
+        first = next(other for other in rows if other["network"] == row["network"])
+        label = row["network"] if row is first else None
+        axes[0].plot(epochs, curve, color=color, linewidth=1, label=label)
+        axes[1].plot([row["seconds_per_epoch"] / 60 * epoch for epoch in epochs], curve, color=color, linewidth=1)
+    axes[0].set(xlabel="epoch", ylabel="accuracy on the validation tenth, %")
+    axes[1].set(xlabel="minutes of training")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].locator_params(axis="x", integer=True)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    plt.close(figure)
+
+
+def show(rows: list[Row], title: str) -> None:
+    columns = ("epochs", "seeds", "test error, %", "less twin's, points", "with flip, %")
+    table = Table("", *columns, "s per epoch", "minutes to 90 %", "activations, MB", title=title)
+    for network, epochs in dict.fromkeys((row["network"], row["epochs"]) for row in rows):
+        own = [row for row in rows if (row["network"], row["epochs"]) == (network, epochs)]
+        found = difference(rows, network, epochs)
+        less = "" if found is None else f"{found[0]:+.2f}"
+        if found is not None and found[1] is not None:
+            less += f" ({found[1][0]:+.2f} to {found[1][1]:+.2f})"
+        reached = [minutes for row in own if (minutes := minutes_to(row, 0.9)) is not None]
+        table.add_row(
+            network,
+            str(epochs),
+            " ".join(str(row["seed"]) for row in own),
+            f"{mean(map(error, own)):.2f}  ({', '.join(f'{error(row):.2f}' for row in own)})",
+            less,
+            f"{mean(100 * (1 - row['test_accuracy_with_flip']) for row in own):.2f}",
+            f"{mean(row['seconds_per_epoch'] for row in own):.0f}",
+            f"{mean(reached):.0f}" if len(reached) == len(own) else "not reached",
+            f"{own[0]['peak_bytes_of_activations'] / 1e6:.1f}",
+        )
+    Console(width=150).print(table)
+
+
+def minutes_to(row: Row, accuracy: float) -> float | None:
+    """Of training, to this accuracy on the validation images."""
+    epoch = next((number for number, value in enumerate(row["val_accuracy"], 1) if value >= accuracy), None)
+    return None if epoch is None else epoch * row["seconds_per_epoch"] / 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parser.add_argument("--name", default="CIFAR-10", help="what the images are, for the record")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    allocator_keeps_memory()
+    settings = {"data": options.name}
+    path, rows = resumed("cifar10", settings, options.device)
+    for seed in options.seeds:
+        for network in options.networks:
+            key = (network, seed, options.epochs)
+            if key not in [(row["network"], row["seed"], row["epochs"]) for row in rows]:
+                rows.append(run(network, seed, options))
+                record(path, settings, rows, options.device)
+                draw(rows, f"{options.name}, bf16", path)
+    show(rows, options.name)
+    Console().print(f"Written to {path}.json and {path}.png", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
