@@ -27,7 +27,7 @@ test-oldest: ## The tests on the oldest supported torch, in an environment of th
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install 'torch==2.11.*' 'torchvision==0.26.*' 'pytorch-lightning==2.6.0' \
 		--editable '.[dev]'
-	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
