@@ -1,5 +1,6 @@
 """The memory of a step by hand, and against torch's own tracker."""
 
+import re
 from functools import partial
 
 import pytest
@@ -14,8 +15,13 @@ from revnet.profiling.memory import memory_of_step
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
+# Those of a hundred layers and more take seconds each.
+DEEP = re.compile(r".*(10\d|11\d|15\d|16\d)$")
+EVERY_MODEL = [pytest.param(name, marks=[pytest.mark.slow] if DEEP.match(name) else []) for name in list_models()]
+
+
 @pytest.mark.filterwarnings("ignore:Module is None:UserWarning")
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", EVERY_MODEL)
 @pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct"])
 def test_estimate_agrees_with_torchs_mem_tracker(name, activations):
     network, x = get_model(name, activations=activations), torch.randn(2, 3, 32, 32)
