@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from revnet.reversible.autocast import is_autocast_on
+
 __all__ = [
     "BasicBranch",
     "BottleneckBranch",
@@ -42,9 +44,8 @@ def subsample(x: Tensor, stride: int) -> Tensor:
 
 def convolution_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a convolution reads `x`, which depends on autocast."""
-    kind = x.device.type
-    if x.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if x.dtype == torch.float32 and is_autocast_on(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

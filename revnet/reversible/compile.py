@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from revnet.reversible.coupling import Coupling
@@ -44,4 +45,13 @@ def compile_branches(module: nn.Module, **options: Any) -> None:
     layers = [layer for sequence in sequences for layer in sequence]
     branches = [step.branch for layer in layers if isinstance(layer, Coupling) for step in layer.steps()]
     for part in dict.fromkeys(branches + [layer for layer in layers if not is_invertible(layer)]):
-        part.compile(**options)
+        _compile(part, options)
+
+
+def _compile(part: nn.Module, options: dict[str, Any]) -> None:
+    """`part.compile(**options)`; that, in torch 2.11, leaves a bare nn.Sequential as it is."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return part._call_impl(*args, **kwargs)
+
+    part._compiled_call_impl = torch.compile(call, **options)

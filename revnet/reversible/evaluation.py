@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from revnet.reversible.autocast import Autocast
 from revnet.reversible.drift import Sample
 from revnet.reversible.layer import State, as_state
 
 __all__ = [
-    "Autocast",
     "Evaluation",
     "call",
     "evaluate",
@@ -61,35 +61,6 @@ def is_recomputing() -> bool:
         False
     """
     return _local.recomputing
-
-
-@dataclass(frozen=True, slots=True)
-class Autocast:
-    """The autocast state in force when the first evaluation ran."""
-
-    settings: tuple[tuple[str, bool, torch.dtype], ...]
-
-    @classmethod
-    def current(cls, device: torch.device) -> Autocast:
-        kinds = [k for k in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(k)]
-        return cls(tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds))
-
-    @property
-    def enabled(self) -> bool:
-        return any(enabled for _, enabled, _ in self.settings)
-
-    def to_restore(self) -> Autocast | None:
-        """Itself; None where autocast is off now as it was then, so that nothing has to be restored."""
-        off = not self.enabled and not any(torch.is_autocast_enabled(kind) for kind, _, _ in self.settings)
-        return None if off else self
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for kind, enabled, dtype in self.settings:
-                cached = not self.enabled  # as in the first evaluation: see ReversibleSequence
-                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=cached))
-            yield
 
 
 def _has_generator(device: torch.device) -> bool:

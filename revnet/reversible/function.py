@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Coupling
 from revnet.reversible.drift import Sample
-from revnet.reversible.evaluation import Autocast, Evaluation, observe, recording
+from revnet.reversible.evaluation import Evaluation, observe, recording
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, on_grid
 from revnet.reversible.replay import Replay

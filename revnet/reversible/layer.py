@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revnet.reversible.autocast import is_autocast_on
 from revnet.reversible.grid import check_dtype, to_grid
 
 __all__ = ["State", "apply_layer", "arguments", "as_state", "as_stream", "invert_layer", "is_invertible", "on_grid"]
@@ -37,8 +38,7 @@ def as_stream(state: State) -> State:
     """
     if isinstance(state[0], torch.fx.Proxy):
         return state
-    kind = state[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocast_on(state[0].device.type):
         return state
     return tuple(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in state)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Addition, Step
-from revnet.reversible.evaluation import Autocast, Evaluation, call, is_differentiable
+from revnet.reversible.evaluation import Evaluation, call, is_differentiable
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
 from revnet.reversible.run import ContextStructure, Run

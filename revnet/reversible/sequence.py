@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import AdditiveCoupling, Coupling
-from revnet.reversible.evaluation import Autocast
 from revnet.reversible.function import apply_run
 from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Rearrangement
@@ -40,13 +40,13 @@ def _ordinary_only() -> bool:
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag  # `is_exporting()` is true in whatever the compiler of torch 2.11 compiles
         # Cached weights are computed outside of the branches: nothing inside could send them a gradient.
         or torch.nn.utils.parametrize._cache_enabled > 0
     )
 
 
-class ReversibleSequence(nn.ModuleList):
+class ReversibleSequence(nn.Sequential):
     """y = layers[-1](... layers[0](x)), with a choice of what is kept for the backward pass.
 
     `activations` says what becomes of a layer's activations between the forward and the backward pass: "store" keeps
@@ -106,7 +106,7 @@ class ReversibleSequence(nn.ModuleList):
     def __init__(
         self, layers: Iterable[nn.Module], activations: Activations = "reconstruct", exact: bool | None = None
     ) -> None:
-        super().__init__(layers)
+        super().__init__(*layers)
         self.exact = exact
         self._errors: dict[int, Tensor] = {}
         self._inspected: set[Any] = set()
@@ -235,10 +235,12 @@ class ReversibleSequence(nn.ModuleList):
         _check_state(state)
         if isinstance(state[0], torch.fx.Proxy):
             return self._traced(state, context), log_det
-        cached, autocast = torch.is_autocast_cache_enabled(), Autocast.current(state[0].device).enabled
+        autocast = Autocast.current(state[0].device).enabled
         # A cached half-precision copy of a weight used twice would sum its gradient in half precision. Without autocast
         # the flag is left alone: compiled branches would be compiled again for the other value in the backward pass.
-        torch.set_autocast_cache_enabled(cached and not autocast)
+        uncache = autocast and torch.is_autocast_cache_enabled()
+        if uncache:
+            torch.set_autocast_cache_enabled(False)
         try:
             state = as_stream(state)
             _check_halves(state)
@@ -260,7 +262,8 @@ class ReversibleSequence(nn.ModuleList):
                 first += len(layers)
             return state, log_det
         finally:
-            torch.set_autocast_cache_enabled(cached)
+            if uncache:
+                torch.set_autocast_cache_enabled(True)
 
     @property
     def exact(self) -> bool | None:
@@ -348,9 +351,6 @@ class ReversibleSequence(nn.ModuleList):
             size = self._chunk_size or len(layers)
             for first in range(0, len(layers), size):
                 yield layers[first : first + size], values[first : first + size]
-
-    # nn.ModuleList's own leaves out `extra_repr`.
-    __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
         return f"activations={self._activations!r}, exact={self._exact}"
