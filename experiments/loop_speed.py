@@ -171,7 +171,7 @@ def show(rows: list[Row], title: str) -> None:
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.7 * len(rows)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.6 * len(rows)), layout="constrained")
     names = [f"{row['network']}\nloop/bare {row['loop_over_bare']:.3f}" for row in rows]
     left = [0.0] * len(rows)
     for part in PARTS:
@@ -180,7 +180,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set(xlabel="ms of a training step", title=title)
     axis.invert_yaxis()
-    axis.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.legend(ncols=len(PARTS), fontsize=8, loc="outside lower center")
     figure.savefig(path.with_suffix(".png"), dpi=150)
     plt.close(figure)
 
