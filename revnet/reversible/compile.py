@@ -9,7 +9,7 @@ from torch import nn
 
 from revnet.reversible.coupling import Coupling
 from revnet.reversible.layer import is_invertible
-from revnet.reversible.sequence import ReversibleSequence
+from revnet.reversible.switch import sequences_of
 
 __all__ = ["compile_branches"]
 
@@ -37,11 +37,7 @@ def compile_branches(module: nn.Module, **options: Any) -> None:
         >>> network = revnet38(num_classes=10)
         >>> compile_branches(network)
     """
-    sequences = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
-    if not sequences:
-        raise ValueError(
-            f"compile_branches: {type(module).__name__} holds no ReversibleSequence; compile it by torch.compile"
-        )
+    sequences = sequences_of(module, "compile_branches", "compile it by torch.compile")
     layers = [layer for sequence in sequences for layer in sequence]
     branches = [step.branch for layer in layers if isinstance(layer, Coupling) for step in layer.steps()]
     for part in dict.fromkeys(branches + [layer for layer in layers if not is_invertible(layer)]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revnet.reversible.activations import Activations, checked, resolved
 from revnet.reversible.autocast import Autocast
-from revnet.reversible.coupling import AdditiveCoupling, Coupling
+from revnet.reversible.coupling import Coupling
 from revnet.reversible.function import apply_run
 from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Rearrangement
@@ -21,17 +22,7 @@ from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer,
 from revnet.reversible.run import Run
 from revnet.reversible.watch import Watch
 
-__all__ = ["ACTIVATIONS", "Activations", "ReversibleSequence", "checked_value"]
-
-Activations = str | Sequence[str]
-ACTIVATIONS = ("store", "recompute", "reconstruct")
-
-
-def checked_value(value: Any) -> str:
-    """`value`, if it is one of `ACTIVATIONS`; else ValueError."""
-    if value not in ACTIVATIONS:
-        raise ValueError(f"activations must be one of {', '.join(map(repr, ACTIVATIONS))}; got {value!r}")
-    return value
+__all__ = ["ReversibleSequence"]
 
 
 def _ordinary_only() -> bool:
@@ -122,52 +113,17 @@ class ReversibleSequence(nn.Sequential):
 
     @activations.setter
     def activations(self, activations: Activations) -> None:
-        self._activations = self.checked(activations)
+        self._activations = checked(list(self), activations)
         self._errors.clear()
         self._inspected.clear()
-
-    def checked(self, activations: Activations) -> Activations:
-        """The value, or the plan as a tuple; ValueError if this sequence cannot take it."""
-        if isinstance(activations, str) or not isinstance(activations, Iterable):
-            return checked_value(activations)
-        plan = tuple(checked_value(value) for value in activations)
-        if len(plan) != len(self):
-            raise ValueError(
-                f"activations: a plan needs one value for each layer; got {len(plan)} values for {len(self)} layers"
-            )
-        for index, (value, layer) in enumerate(zip(plan, self, strict=True)):
-            if value == "reconstruct" and not is_invertible(layer):
-                raise ValueError(
-                    f"activations: the plan asks layer {index} ({type(layer).__name__}) to reconstruct, but it has "
-                    f'no inverse; give it "recompute" or "store"'
-                )
-        return plan
 
     @property
     def reconstruction_error(self) -> Tensor | None:
         return torch.stack(list(self._errors.values())).amax() if self._errors else None
 
     def plan(self) -> tuple[str, ...]:
-        """What is done for each layer.
-
-        A plan is followed to the letter. Under a single value layers without an inverse are recomputed instead of
-        reconstructed. Three kinds of layers are reconstructed instead of recomputed, where undoing is exact and costs
-        no more than doing it again, so that their input need not be kept: `Split`, `Merge`, `Squeeze`, and an
-        `AdditiveCoupling` right behind a layer without an inverse, since of its input only the half that it leaves
-        alone is used again.
-        """
-        if not isinstance(self._activations, str):
-            return tuple(self.checked(self._activations))
-        if self._activations == "store":
-            return ("store",) * len(self)
-        undone: Iterable[bool] = map(is_invertible, self)
-        if self._activations == "recompute":
-            undone = (
-                isinstance(layer, Rearrangement)
-                or (isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before))
-                for before, layer in zip([None, *self], self, strict=False)
-            )
-        return tuple("reconstruct" if yes else "recompute" for yes in undone)
+        """What is done for each layer: the plan, or what the single value comes to (see `resolved`)."""
+        return resolved(list(self), self._activations)
 
     def forward(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:
         """The output state for the input state: a tensor, or a pair of halves.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from revnet.reversible.sequence import Activations, ReversibleSequence, checked_value
+from revnet.reversible.activations import Activations, checked, checked_value
+from revnet.reversible.sequence import ReversibleSequence
 
-__all__ = ["Slot", "Switched", "set_activations", "set_chunk_size", "slots"]
+__all__ = ["Slot", "Switched", "sequences_of", "set_activations", "set_chunk_size", "slots"]
 
 
 class Switched(nn.Module):
@@ -122,7 +123,7 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
         >>> set_activations(network, "recompute")
     """
     found = slots(module)
-    sequences = _sequences("set_activations", module)
+    sequences = sequences_of(module, "set_activations")
     ends = [slot for slot in found if not isinstance(slot.owner, ReversibleSequence)]
     if isinstance(activations, str) or not isinstance(activations, Iterable):
         checked_value(activations)
@@ -146,9 +147,9 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
                 f'activations: the plan asks {slot.name} to reconstruct, but it has no inverse; give it "recompute" or '
                 f'"store"'
             )
-    checked = [(sequence, sequence.checked(share)) for sequence, share in shares.items()]
-    for sequence, share in checked:
-        sequence.activations = share
+    plans = [(sequence, checked(list(sequence), share)) for sequence, share in shares.items()]
+    for sequence, plan in plans:
+        sequence.activations = plan
     for slot, value in zip(found, values, strict=True):
         if slot in ends:
             slot.set_end(value)
@@ -173,12 +174,15 @@ def set_chunk_size(module: nn.Module, chunk_size: int | None) -> None:
         >>> network = revnet38(num_classes=10)
         >>> set_chunk_size(network, 4)
     """
-    for sequence in _sequences("set_chunk_size", module):
+    for sequence in sequences_of(module, "set_chunk_size"):
         sequence.chunk_size = chunk_size
 
 
-def _sequences(caller: str, module: nn.Module) -> list[ReversibleSequence]:
+def sequences_of(
+    module: nn.Module, caller: str, remedy: str = "give it a RevNet or a sequence"
+) -> list[ReversibleSequence]:
+    """The sequences of a network; ValueError, in the name of the function that asks, if it has none."""
     found = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
     if not found:
-        raise ValueError(f"{caller}: {type(module).__name__} holds no ReversibleSequence; nothing could be set")
+        raise ValueError(f"{caller}: {type(module).__name__} holds no ReversibleSequence; {remedy}")
     return found

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["ReconstructionError", "ReconstructionWarning", "Watch"]
+__all__ = ["ReconstructionError", "ReconstructionWarning", "Watch", "remedy"]
 
-REMEDY = (
-    'exact=True keeps additive couplings free of it; activations="recompute" or "store" does not reconstruct; full '
-    "precision, normalised branches and fewer layers in one stretch reduce it"
-)
-EXACT_REMEDY = (
-    "it went beyond the range of the fixed-point grid of exact mode (256 in fp32), or a branch is not deterministic; "
-    "normalised branches keep it within; exact=False reconstructs in floating point"
-)
+
+def remedy(exact: bool) -> str:
+    """What helps against drift, with a fixed-point grid and without."""
+    if exact:
+        return (
+            "it went beyond the range of the fixed-point grid of exact mode (256 in fp32), or a branch is not "
+            "deterministic; normalised branches keep it within; exact=False reconstructs in floating point"
+        )
+    return (
+        'exact=True keeps additive couplings free of it; activations="recompute" or "store" does not reconstruct; full '
+        "precision, normalised branches and fewer layers in one stretch reduce it"
+    )
 
 
 class ReconstructionWarning(UserWarning):
@@ -47,7 +51,7 @@ class Watch:
 
     warn_above: float | None = None
     raise_above: float | None = None
-    _pending: deque[tuple[Tensor, torch.Event, float, str]] = field(default_factory=deque)
+    _pending: deque[tuple[Tensor, torch.Event, float, bool]] = field(default_factory=deque)
 
     def __reduce__(self) -> tuple[type[Watch], tuple[float | None, float | None]]:
         """Copies keep the thresholds; what is on its way from the device stays with the original."""
@@ -61,35 +65,35 @@ class Watch:
 
     def see(self, error: Tensor, autocast: bool, exact: bool) -> None:
         """Takes the error of one backward pass."""
-        warn_above, remedy = self.tolerance(autocast, exact), EXACT_REMEDY if exact else REMEDY
+        warn_above = self.tolerance(autocast, exact)
         if error.device.type == "meta" or isinstance(error, FakeTensor):
             return  # nothing was computed
         if error.device.type == "cpu":
-            self._judge(float(error), warn_above, remedy)
+            self._judge(float(error), warn_above, exact)
             return
         on_host = torch.empty_like(error, device="cpu", pin_memory=True).copy_(error, non_blocking=True)
         arrived = torch.Event(error.device.type)
         arrived.record()
-        self._pending.append((on_host, arrived, warn_above, remedy))
+        self._pending.append((on_host, arrived, warn_above, exact))
 
     def judge_arrived(self) -> None:
         """Judges the errors that have arrived from the device."""
         while self._pending and (self._pending[0][1].query() or len(self._pending) > 1):
-            on_host, arrived, warn_above, remedy = self._pending.popleft()
+            on_host, arrived, warn_above, exact = self._pending.popleft()
             arrived.synchronize()
-            self._judge(float(on_host), warn_above, remedy)
+            self._judge(float(on_host), warn_above, exact)
 
-    def _judge(self, error: float, warn_above: float, remedy: str) -> None:
+    def _judge(self, error: float, warn_above: float, exact: bool) -> None:
         raise_above = 1e-1 if self.raise_above is None else self.raise_above
         if error > raise_above or (not math.isfinite(error) and raise_above < math.inf):
             raise ReconstructionError(
                 f"the reconstructed input of a reversible sequence is {error:.1e} off the true one (relative), beyond "
-                f"the threshold of {raise_above:.1e}: its gradients are worthless. {remedy}"
+                f"the threshold of {raise_above:.1e}: its gradients are worthless. {remedy(exact)}"
             )
         if not error <= warn_above:
             warnings.warn(
                 f"the reconstructed input of a reversible sequence is {error:.1e} off the true one (relative), beyond "
-                f"the threshold of {warn_above:.1e}: its gradients are inaccurate. {remedy}",
+                f"the threshold of {warn_above:.1e}: its gradients are inaccurate. {remedy(exact)}",
                 ReconstructionWarning,
                 stacklevel=2,
             )

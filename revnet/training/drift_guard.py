@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from revnet.reversible import ReconstructionWarning, ReversibleSequence, Watch
+from revnet.reversible.watch import remedy
 
 __all__ = ["DriftGuard"]
 
@@ -97,14 +98,15 @@ class DriftGuard(Callback):
             self._clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
         step = trainer.global_step + 1
         for name, error in beyond.items():
-            self._guarded[name][0].activations = "store"
+            sequence = self._guarded[name][0]
+            sequence.activations = "store"
             if name not in self.fallen_back:
                 self.fallen_back.append(name)
             rank_zero_warn(
                 f"the reconstructed input of the reversible sequence {name!r} is {error:.1e} off the true one "
                 f"(relative), beyond fall_back_above={self.fall_back_above}: step {step} is not applied, and from the "
-                "next one on this sequence stores its activations, which takes more memory; exact=True keeps additive "
-                "couplings free of drift",
+                "next one on this sequence stores its activations, which takes more memory. "
+                f"{remedy(isinstance(sequence.watch, _FallBackWatch) and sequence.watch.exact)}",
                 category=ReconstructionWarning,
                 stacklevel=5,  # Lightning's line, which it prints without the source under it
             )
@@ -178,10 +180,12 @@ class _FallBackWatch(Watch):
         super().__init__(warn_above, math.inf)
         self.fall_back_above = min(fall_back_above, torch.finfo(torch.float32).max)  # so that infinity is beyond it
         self.largest: Tensor | None = None
+        self.exact = False
 
     def see(self, error: Tensor, autocast: bool, exact: bool) -> None:
         """Take the error of one backward pass."""
         self.largest = error if self.largest is None else torch.maximum(self.largest, error)
+        self.exact = exact
         super().see(torch.where(error <= self.fall_back_above, error, 0.0), autocast, exact)
 
     def take_largest(self, device: torch.device) -> Tensor:

@@ -1,0 +1,65 @@
+"""What may become of the activations of each layer of a sequence, and what is done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from revnet.reversible.coupling import AdditiveCoupling
+from revnet.reversible.halves import Rearrangement
+from revnet.reversible.layer import is_invertible
+
+__all__ = ["ACTIVATIONS", "Activations", "checked", "checked_value", "resolved"]
+
+Activations = str | Sequence[str]
+ACTIVATIONS = ("store", "recompute", "reconstruct")
+
+
+def checked_value(value: Any) -> str:
+    """`value`, if it is one of `ACTIVATIONS`; else ValueError."""
+    if value not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(map(repr, ACTIVATIONS))}; got {value!r}")
+    return value
+
+
+def checked(layers: Sequence[nn.Module], activations: Activations) -> Activations:
+    """The value, or the plan as a tuple; ValueError if these layers cannot take it."""
+    if isinstance(activations, str) or not isinstance(activations, Iterable):
+        return checked_value(activations)
+    plan = tuple(checked_value(value) for value in activations)
+    if len(plan) != len(layers):
+        raise ValueError(
+            f"activations: a plan needs one value for each layer; got {len(plan)} values for {len(layers)} layers"
+        )
+    for index, (value, layer) in enumerate(zip(plan, layers, strict=True)):
+        if value == "reconstruct" and not is_invertible(layer):
+            raise ValueError(
+                f"activations: the plan asks layer {index} ({type(layer).__name__}) to reconstruct, but it has "
+                f'no inverse; give it "recompute" or "store"'
+            )
+    return plan
+
+
+def resolved(layers: Sequence[nn.Module], activations: Activations) -> tuple[str, ...]:
+    """What is done for each layer.
+
+    A plan is followed to the letter. Under a single value layers without an inverse are recomputed instead of
+    reconstructed. Three kinds of layers are reconstructed instead of recomputed, where undoing is exact and costs no
+    more than doing it again, so that their input need not be kept: `Split`, `Merge`, `Squeeze`, and an
+    `AdditiveCoupling` right behind a layer without an inverse, since of its input only the half that it leaves alone is
+    used again.
+    """
+    if not isinstance(activations, str):
+        return tuple(checked(layers, activations))
+    if activations == "store":
+        return ("store",) * len(layers)
+    undone: Iterable[bool] = map(is_invertible, layers)
+    if activations == "recompute":
+        undone = (
+            isinstance(layer, Rearrangement)
+            or (isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before))
+            for before, layer in zip([None, *layers], layers, strict=False)
+        )
+    return tuple("reconstruct" if yes else "recompute" for yes in undone)
