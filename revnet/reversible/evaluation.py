@@ -26,6 +26,7 @@ __all__ = [
     "is_recomputing",
     "modules_in",
     "observe",
+    "parameters_of",
     "recording",
 ]
 
@@ -94,8 +95,8 @@ class Evaluation:
     Attributes:
         owners: the modules of the branch or layer that hold parameters or buffers.
         modes: every module of it, with whether it was in training mode.
-        parameters: every place that held a parameter, with the tensor it held at the time; under
-            `torch.func.functional_call` that is not the one the module holds later.
+        parameters: every place that held a parameter, or a buffer that requires grad, with the tensor it held at the
+            time; under `torch.func.functional_call` that is not the one the module holds later.
         buffers: values before the first evaluation of the buffers that it changed and that its result may depend on.
         unchanged: the other buffers, and how often they had been changed in place.
         random: states of the random generators before it, or None if it drew nothing.
@@ -107,8 +108,8 @@ class Evaluation:
     owners: tuple[nn.Module, ...]
     modes: tuple[tuple[nn.Module, bool], ...]
     parameters: tuple[Slot, ...]
-    buffers: tuple[Slot, ...]
-    unchanged: tuple[tuple[nn.Module, str, Tensor, int], ...]
+    buffers: tuple[tuple[nn.Module, str, Tensor | None], ...]
+    unchanged: tuple[tuple[nn.Module, str, Tensor | None, int], ...]
     random: tuple[Tensor, ...] | None
     device: torch.device
     with_graph: bool
@@ -142,18 +143,24 @@ class Evaluation:
                 module.training = training
             for owner, name, parameter in self.parameters:
                 if id(parameter) not in aliases:
-                    # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
-                    aliases[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-                restore.append((owner._parameters, name, owner._parameters[name]))
-                owner._parameters[name] = aliases[id(parameter)]  # type: ignore[assignment]
+                    aliases[id(parameter)] = _alias(parameter)
+                table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+                restore.append((table, name, table[name]))
+                table[name] = aliases[id(parameter)]
+            replaced = {id(alias) for alias in aliases.values()}
             # Of a buffer that something else replaced since, or functional_call for its duration, the one of that time.
             earlier = {(id(owner), name): value for owner, name, value, _ in self.unchanged}
             earlier |= {(id(owner), name): value for owner, name, value in self.buffers}
+            copies: dict[int, Tensor] = {}  # a buffer in several places stays one
             for owner in self.owners:
                 for name, value in owner._buffers.items():
-                    if value is not None:
-                        restore.append((owner._buffers, name, value))
-                        owner._buffers[name] = earlier.get((id(owner), name), value).clone()
+                    then = earlier.get((id(owner), name), value)
+                    if value is then is None or id(value) in replaced:
+                        continue
+                    restore.append((owner._buffers, name, value))
+                    if then is not None and id(value) not in copies:
+                        copies[id(value)] = then.clone()
+                    owner._buffers[name] = None if then is None else copies[id(value)]
             yield aliases
         finally:
             for table, name, value in reversed(restore):
@@ -168,19 +175,34 @@ class Evaluation:
         return surrounded if self.random is None else _random_replayed(self.random, self.device, surrounded)
 
 
-def _stateful_buffers(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor, int]]:
+def _alias(parameter: Tensor) -> Tensor:
+    """A leaf in the place of `parameter`, with its attributes; one that requires no grad has no hooks to set off."""
+    if not parameter.requires_grad:
+        return parameter
+    # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
+    alias = nn.Parameter(parameter.detach())
+    if parameter.__dict__:
+        alias.__dict__.update(parameter.__dict__)
+    return alias
+
+
+def _stateful_buffers(
+    owners: Iterable[nn.Module],
+) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]]:
     """Copies of the buffers whose value could enter the result and change: all but running statistics in training.
 
     torch's own normalisation in training mode writes its running statistics and never reads them (nor bumps their
-    version), so nothing needs to be kept for it.
+    version), so nothing needs to be kept for it. A buffer that requires grad is a parameter to the engine.
     """
-    found = []
+    found: list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]] = []
     for owner in owners:
         only_writes = isinstance(owner, _NormBase) and owner.training and type(owner).forward in _NORM_FORWARDS
         if not only_writes:
             for name, value in owner._buffers.items():
-                if value is not None:
-                    found.append((owner, name, value, value.clone(), value._version))
+                if value is None:
+                    found.append((owner, name, None, None, 0))
+                elif not value.requires_grad:
+                    found.append((owner, name, value, value.clone(), _version(value)))
     return found
 
 
@@ -193,6 +215,12 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
                 seen.add(child)
                 found.append(child)
     return found
+
+
+def parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a module itself holds that may get a gradient: its parameters, and buffers that require grad."""
+    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
+    yield from ((name, b) for name, b in module._buffers.items() if b is not None and b.requires_grad)
 
 
 def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple[T, Evaluation]:
@@ -219,11 +247,11 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
         (owner, name, copy)
         for owner, name, value, copy, version in buffers
         # In evaluation mode the statistics are read, and a later step in training mode may change them.
-        if owner._buffers[name] is not value or value._version != version or isinstance(owner, _NormBase)
+        if owner._buffers[name] is not value or _version(value) != version or isinstance(owner, _NormBase)
     )
     kept = {(id(owner), name) for owner, name, _ in changed}
     unchanged = tuple((o, n, value, v) for o, n, value, _, v in buffers if (id(o), n) not in kept)
-    slots = tuple((m, n, p) for m in owners for n, p in m._parameters.items() if p is not None)
+    slots = tuple((m, n, p) for m in owners for n, p in parameters_of(m))
     random = before if drew else None
     return result, Evaluation(owners, modes, slots, changed, unchanged, random, device, with_graph)
 
@@ -231,8 +259,11 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
 def _depends_on_grad_mode(module: nn.Module) -> bool:
     """Whether a module may compute other last bits where it need give no gradients.
 
-    Compiled code does (by `module.compile()` or `torch.compile(module)`), and torch's transformer layers in eval mode.
+    Compiled code does (by `module.compile()` or `torch.compile(module)`), torch's LSTM on a CPU, and its transformer
+    layers in eval mode.
     """
+    if isinstance(module, nn.LSTM):
+        return True
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         return True
     return not module.training and isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
@@ -264,7 +295,7 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
     return result
 
 
-def _version(x: Tensor) -> int:
+def _version(x: Tensor | None) -> int:
     """How often `x` was changed in place; 0 where a tensor does not count that or a trace runs."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.is_inference():
         return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Evaluation, observe, recording
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, on_grid
-from revnet.reversible.replay import Replay
+from revnet.reversible.replay import Replay, is_held_once
 from revnet.reversible.run import ContextStructure, Run
 
 __all__ = ["apply_run"]
@@ -58,8 +60,8 @@ class _Job:
     states: int
     has_log_det: bool
     context: ContextStructure
-    parameters: list[nn.Parameter]
-    trainable: list[nn.Parameter]
+    parameters: list[Tensor]
+    trainable: list[Tensor]
 
     def unpack(self, tensors: tuple[Tensor, ...]) -> tuple[State, Tensor | None, list[Tensor]]:
         state, rest = tensors[: self.states], list(tensors[self.states :])
@@ -93,9 +95,9 @@ class _ReversibleFunction(torch.autograd.Function):
                 saved.extend(state)
             kept = 0 if reconstruct else len(state)
             if reconstruct and isinstance(layer, Coupling):
-                with recording(job.run.tolerance is not None) as evaluations:
-                    state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
                 _check_hooks(layer)
+                with recording(job.run.tolerance is not None) as evaluations, _unchanged_by_hooks(layer, state):
+                    state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
                 if layer not in job.run.inspected:
                     _check_all_in_branches(layer, evaluations)
                     job.run.inspected.add(layer)
@@ -163,7 +165,9 @@ class _ReversibleFunction(torch.autograd.Function):
             job.run.report(torch.stack(errors).amax())
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
-        flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.trainable)]
+        sums = [replay.sums.pop(id(t), None) for t in (*replay.context_aliases, *job.trainable)]
+        # A leaf takes over as its .grad what it is given: two leaves must not share memory.
+        flat += [g.clone() if g is not None and g.layout is torch.strided and not is_held_once(g) else g for g in sums]
         return (None, *flat)
 
 
@@ -177,10 +181,40 @@ def _observed(
 
 
 def _check_hooks(layer: Coupling) -> None:
+    if type(layer).forward is not Coupling.forward:
+        raise TypeError(
+            f"{type(layer).__name__} has a `forward` of its own, which could not be undone where the layer is "
+            f'reconstructed; say all that it does in `steps`, or give it "recompute" or "store"'
+        )
     if layer._backward_hooks or layer._backward_pre_hooks:
         raise ValueError(
             f"{type(layer).__name__} has a backward hook, which would not run where the layer is reconstructed; "
             f'register it on its branches, or give the layer "recompute" or "store"'
+        )
+
+
+@contextmanager
+def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
+    """ValueError if forward hooks of the layer put something in the place of its input or output.
+
+    It would be missing where the layer is undone, step by step.
+    """
+    if not (layer._forward_hooks or layer._forward_pre_hooks):
+        yield
+        return
+    seen: dict[str, Any] = {}
+    last: list[Any] = []
+    with (
+        layer.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs)),
+        layer.register_forward_hook(lambda _, __, output: seen.update(output=output), prepend=True),
+        layer.register_forward_hook(lambda _, __, output: last.append(output)),
+    ):
+        yield
+    pairs = [(seen["inputs"], state), (seen["output"], last[0])] if last else []
+    if any(a is not b for found, given in pairs for a, b in zip(found, given, strict=True)):
+        raise ValueError(
+            f"a forward hook of {type(layer).__name__} changes its input or output, which could not be undone where "
+            f'the layer is reconstructed; put it on a branch, or give the layer "recompute" or "store"'
         )
 
 

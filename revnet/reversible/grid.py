@@ -47,7 +47,7 @@ def check_dtype(x: Tensor) -> None:
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
     """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through."""
     if not (torch.is_grad_enabled() or is_transformed()):
-        return _rounded(h, dtype)
+        return _rounded(h, dtype).add_(0.0)  # makes -0 a 0, as the sum below does
     h = h.to(dtype)
     # Both are exact: the difference has no more digits than h.
     return h + (_rounded(h.detach(), dtype) - h.detach())
@@ -100,10 +100,13 @@ class _OnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
         ctx.operation, ctx.dtype = operation, h.dtype
+        ctx.set_materialize_grads(False)
         return _combined(operation, x, h)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, None, None
         of_branch = grad.to(ctx.dtype)
         return None, grad, of_branch if ctx.operation is torch.add else -of_branch
 

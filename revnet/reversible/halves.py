@@ -47,10 +47,13 @@ class _Concatenation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x1: Tensor, x2: Tensor, dim: int) -> Tensor:
         ctx.dim = dim
+        ctx.set_materialize_grads(False)
         return torch.cat((x1, x2), dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
         return *split_halves(grad, ctx.dim), None
 
 

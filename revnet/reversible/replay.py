@@ -15,7 +15,7 @@ from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "is_held_once"]
 
 
 class Replay:
@@ -59,7 +59,7 @@ class Replay:
                 h = call(step.branch, x, self.context)
             self._compare(step.branch, evaluation, as_state(h, step.branch))
             with torch.no_grad():
-                out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
+                out = state[moved] if self.made[moved] and is_held_once(state[moved]) else None
                 state[moved] = step.rule.undo(state[moved], h, out)
                 self.made[moved] = True
                 del out
@@ -161,23 +161,18 @@ class Replay:
 
         Empties `outputs`: the graph alone holds what the product needs, so the outputs themselves can be freed.
         """
-        edges, cotangents, complete = [], [], True
+        edges, cotangents = [], []
         while outputs:
             output, cotangent = outputs.pop(0)
-            if output is not None and output.requires_grad:
-                if cotangent is None:
-                    complete = False
-                else:
-                    edges.append(get_gradient_edge(output))
-                    cotangents.append(cotangent.to(output.dtype))
+            if output is not None and output.requires_grad and cotangent is not None:
+                edges.append(get_gradient_edge(output))
+                cotangents.append(cotangent.to(output.dtype))
             del output, cotangent
         context = [(id(alias), alias) for alias in self.context_aliases]
         shared = [(key, alias) for key, alias in (*context, *aliases.items()) if alias.requires_grad]
         targets = [x for x in leaves if x.requires_grad] + [alias for _, alias in shared]
-        if edges and evaluation.modes not in self.run.inspected:
-            _check_nothing_hidden([edge.node for edge in edges], targets)
-            if complete:
-                self.run.inspected.add(evaluation.modes)
+        # Every time: what a branch uses, and what of it requires grad, may change from step to step.
+        _check_nothing_hidden([edge.node for edge in edges], targets)
         if not edges or not targets:
             return [None] * len(leaves)
         found = list(torch.autograd.grad(edges, targets, cotangents, allow_unused=True))
@@ -232,7 +227,7 @@ def _holders(x: Tensor) -> int:
 _ONE_HOLDER = _holders(torch.empty(1))
 
 
-def _is_held_once(x: Tensor) -> bool:
+def is_held_once(x: Tensor) -> bool:
     """Whether no other tensor (in a graph, or taken by a hook) shares the memory of `x`."""
     return _holders(x) <= _ONE_HOLDER
 
@@ -257,4 +252,6 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """The sum, always a new tensor where both are given: gradients may share storage with one another."""
     if first is None or second is None:
         return first if second is None else second
+    if first.is_sparse and not second.is_sparse:
+        return second + first
     return first + second

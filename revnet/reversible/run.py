@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from revnet.reversible.evaluation import modules_in
+from revnet.reversible.evaluation import modules_in, parameters_of
 
 __all__ = ["ContextStructure", "Run"]
 
@@ -30,8 +30,7 @@ class Run:
         enters_grid: whether its input has yet to be put there.
         tolerance: relative difference from which a branch's two evaluations are called different; None: not compared.
         report: receives the reconstruction error of every backward pass over the run.
-        inspected: what was found right before: layers with all their parameters in branches, and the modules (`modes`)
-            of evaluations that use no tensor that is none of their parameters.
+        inspected: layers that were found before to have all their parameters in branches.
     """
 
     layers: tuple[nn.Module, ...]
@@ -41,12 +40,12 @@ class Run:
     enters_grid: bool
     tolerance: float | None
     report: Callable[[Tensor], None]
-    inspected: set[Any]
+    inspected: set[nn.Module]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters, each once."""
+    def parameters(self) -> list[Tensor]:
+        """The parameters, and the buffers that require grad, each once."""
         modules = [module for layer in self.layers for module in modules_in(layer)]
-        unique = list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
+        unique = list({id(p): p for module in modules for _, p in parameters_of(module)}.values())
         if any(type(p) not in (nn.Parameter, Tensor) for p in unique):
             _check_materialised(self)
             _check_unsharded(self)

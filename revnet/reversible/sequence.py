@@ -100,7 +100,7 @@ class ReversibleSequence(nn.Sequential):
         super().__init__(*layers)
         self.exact = exact
         self._errors: dict[int, Tensor] = {}
-        self._inspected: set[Any] = set()
+        self._inspected: set[nn.Module] = set()
         self._inverted: tuple[tuple[nn.Module, ...], ReversibleSequence] | None = None
         self._chunk_size: int | None = None
         self.watch = Watch()
