@@ -16,7 +16,7 @@ from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Evaluation, observe, recording
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, on_grid
-from revnet.reversible.replay import Replay, is_held_once
+from revnet.reversible.replay import Replay
 from revnet.reversible.run import ContextStructure, Run
 
 __all__ = ["apply_run"]
@@ -165,9 +165,7 @@ class _ReversibleFunction(torch.autograd.Function):
             job.run.report(torch.stack(errors).amax())
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
-        sums = [replay.sums.pop(id(t), None) for t in (*replay.context_aliases, *job.trainable)]
-        # A leaf takes over as its .grad what it is given: two leaves must not share memory.
-        flat += [g.clone() if g is not None and g.layout is torch.strided and not is_held_once(g) else g for g in sums]
+        flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.trainable)]
         return (None, *flat)
 
 

@@ -14,7 +14,10 @@ __all__ = ["Merge", "Rearrangement", "Split", "split_halves"]
 
 def _dense_format(x: Tensor) -> torch.memory_format:
     """The dense memory format that `x` is laid out in."""
-    if torch._C._are_functorch_transforms_active():  # under vmap a tensor does not tell
+    # Under vmap, that of `is_grads_batched` too, a tensor does not tell.
+    if torch._C._are_functorch_transforms_active() or (
+        not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x)
+    ):
         return torch.contiguous_format
     for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.ndim == ndim and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():

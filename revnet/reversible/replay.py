@@ -15,7 +15,7 @@ from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
-__all__ = ["Replay", "is_held_once"]
+__all__ = ["Replay"]
 
 
 class Replay:
@@ -59,7 +59,7 @@ class Replay:
                 h = call(step.branch, x, self.context)
             self._compare(step.branch, evaluation, as_state(h, step.branch))
             with torch.no_grad():
-                out = state[moved] if self.made[moved] and is_held_once(state[moved]) else None
+                out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
                 state[moved] = step.rule.undo(state[moved], h, out)
                 self.made[moved] = True
                 del out
@@ -179,9 +179,8 @@ class Replay:
         products = [found.pop(0) if x.requires_grad else None for x in leaves]
         for (key, _), gradient in zip(shared, found, strict=True):
             if gradient is not None:
-                total = _sum(gradient, self.sums.get(key))
-                assert total is not None
-                self.sums[key] = total
+                known = self.sums.get(key)
+                self.sums[key] = _alone(gradient) if known is None else _plus(gradient, known)
         return products
 
 
@@ -227,8 +226,10 @@ def _holders(x: Tensor) -> int:
 _ONE_HOLDER = _holders(torch.empty(1))
 
 
-def is_held_once(x: Tensor) -> bool:
-    """Whether no other tensor (in a graph, or taken by a hook) shares the memory of `x`."""
+def _is_held_once(x: Tensor) -> bool:
+    """Whether no other tensor (in a graph, or taken by a hook) shares the memory of `x`, as far as can be told."""
+    if torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x):
+        return False  # it does not tell
     return _holders(x) <= _ONE_HOLDER
 
 
@@ -248,10 +249,20 @@ def _check_nothing_hidden(nodes: list[Any], targets: list[Tensor]) -> None:
         seen.update(nodes)
 
 
+def _alone(gradient: Tensor) -> Tensor:
+    """The gradient in memory of its own: a leaf takes over as its .grad what it is given, and two must not share it."""
+    if gradient.layout is not torch.strided or _is_held_once(gradient):
+        return gradient
+    return gradient.clone()
+
+
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """The sum, always a new tensor where both are given: gradients may share storage with one another."""
     if first is None or second is None:
         return first if second is None else second
-    if first.is_sparse and not second.is_sparse:
-        return second + first
-    return first + second
+    return _plus(first, second)
+
+
+def _plus(first: Tensor, second: Tensor) -> Tensor:
+    """The sum of two gradients, of which one may be sparse."""
+    return second + first if first.is_sparse and not second.is_sparse else first + second

@@ -240,6 +240,17 @@ def test_what_autograd_saves_may_be_moved_to_the_cpu(activations, exact, x):
 
 
 @MODES
+def test_many_backward_passes_at_once(activations, exact, x):
+    cotangents = torch.randn(3, *x.shape, dtype=torch.float64)
+    net = sequence(activations, branch=curved, exact=exact)
+    found = torch.autograd.grad(net(x), list(net.parameters()), cotangents, is_grads_batched=True)
+    for index, cotangent in enumerate(cotangents):
+        net = sequence("store", branch=curved, exact=exact)
+        truth = torch.autograd.grad(net(x), list(net.parameters()), cotangent)
+        assert same([each[index] for each in found], truth, exact=False)
+
+
+@MODES
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_gradients_accumulate_over_micro_batches(activations, exact, interleaved):
     batches = torch.randn(3, 4, 8, 4, 4, dtype=torch.float64)
