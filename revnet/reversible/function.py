@@ -201,14 +201,14 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
         yield
         return
     seen: dict[str, Any] = {}
-    last: list[Any] = []
     with (
         layer.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs)),
         layer.register_forward_hook(lambda _, __, output: seen.update(output=output), prepend=True),
-        layer.register_forward_hook(lambda _, __, output: last.append(output)),
+        layer.register_forward_hook(lambda _, __, output: seen.update(returned=output)),
     ):
         yield
-    pairs = [(seen["inputs"], state), (seen["output"], last[0])] if last else []
+    # Empty where a log-determinant is asked for: hooks do not run then.
+    pairs = [(seen["inputs"], state), (seen["output"], seen["returned"])] if seen else []
     if any(a is not b for found, given in pairs for a, b in zip(found, given, strict=True)):
         raise ValueError(
             f"a forward hook of {type(layer).__name__} changes its input or output, which could not be undone where "
