@@ -45,6 +45,7 @@ class _Local(threading.local):
     recomputing = False
     tape: list[Evaluation] | None = None
     sampling = False
+    random: tuple[Tensor, ...] = ()
 
 
 _local = _Local()
@@ -70,10 +71,14 @@ def _has_generator(device: torch.device) -> bool:
 
 
 def _random_states(device: torch.device) -> tuple[Tensor, ...]:
+    """States of the random generators: the tuple returned before while they are the same, so that one copy is kept."""
     states = [torch.get_rng_state()]
     if _has_generator(device):
         states.append(torch.get_device_module(device).get_rng_state(device))
-    return tuple(states)
+    with torch._C._DisableTorchDispatch():  # the states are real even where fake tensors are computed with
+        if len(states) != len(_local.random) or not all(map(torch.equal, states, _local.random)):
+            _local.random = tuple(states)
+    return _local.random
 
 
 @contextmanager
@@ -99,7 +104,8 @@ class Evaluation:
             time; under `torch.func.functional_call` that is not the one the module holds later.
         buffers: values before the first evaluation of the buffers that it changed and that its result may depend on.
         unchanged: the other buffers, and how often they had been changed in place.
-        random: states of the random generators before it, or None if it drew nothing.
+        random: states of the random generators before it; whether it drew cannot be told from those behind it, which
+            the branch may have set back.
         device: where it ran.
         with_graph: whether the first evaluation had a graph, so that the second must have one too.
         sample: a few values of its result, to compare with the second one's; None if they are not to be compared.
@@ -110,7 +116,7 @@ class Evaluation:
     parameters: tuple[Slot, ...]
     buffers: tuple[tuple[nn.Module, str, Tensor | None], ...]
     unchanged: tuple[tuple[nn.Module, str, Tensor | None, int], ...]
-    random: tuple[Tensor, ...] | None
+    random: tuple[Tensor, ...]
     device: torch.device
     with_graph: bool
     sample: Sample | None = None
@@ -172,7 +178,7 @@ class Evaluation:
     def surroundings(self, autocast: Autocast | None) -> AbstractContextManager[None]:
         """Random generators and autocast as they were during the first evaluation; None: autocast is as it was."""
         surrounded = nullcontext() if autocast is None else autocast.restored()
-        return surrounded if self.random is None else _random_replayed(self.random, self.device, surrounded)
+        return _random_replayed(self.random, self.device, surrounded)
 
 
 def _alias(parameter: Tensor) -> Tensor:
@@ -231,18 +237,15 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
     modes = tuple([(m, m.training) for m in modules])
     owners = tuple([m for m in modules if m._parameters or m._buffers])
     try:
-        before = _random_states(device)
+        random = _random_states(device)
         buffers = _stateful_buffers(owners)
         with_graph = any(map(_depends_on_grad_mode, modules))
         versions = [_version(x) for x in state]
         result = _as_second(compute, state) if with_graph else compute(*state)
-        after = _random_states(device)
     finally:
         _local.tape = tape
     if [_version(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
-    with torch._C._DisableTorchDispatch():  # the states are real even where fake tensors are computed with
-        drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     changed = tuple(
         (owner, name, copy)
         for owner, name, value, copy, version in buffers
@@ -252,7 +255,6 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
     kept = {(id(owner), name) for owner, name, _ in changed}
     unchanged = tuple((o, n, value, v) for o, n, value, _, v in buffers if (id(o), n) not in kept)
     slots = tuple((m, n, p) for m in owners for n, p in parameters_of(m))
-    random = before if drew else None
     return result, Evaluation(owners, modes, slots, changed, unchanged, random, device, with_graph)
 
 

@@ -328,3 +328,31 @@ def test_what_no_gradient_reaches_gets_none_as_under_store(last):
     network = ReversibleSequence([ReversibleBlock(linear(), linear()) for _ in range(2)], ["store", last], exact=True)
     network.forward_and_log_det(*halves())[1].sum().backward()  # a constant, but for its graph
     assert all(p.grad is None for p in network.parameters())
+
+
+@MODES
+def test_a_branch_that_sets_its_generator_back_draws_the_same_again(activations, exact):
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, x):
+            with torch.random.fork_rng([]):
+                return F.dropout(self.inner(x), 0.5)
+
+    inputs = halves()
+    found = []
+    for value in (activations, "store"):
+        network, own = blocks_of(Forked, value, exact), [x.detach().requires_grad_() for x in inputs]
+        outputs = network(*own)
+        torch.rand(7)  # something else draws between the passes
+        loss(outputs).backward()
+        found.append([t.grad for t in (*network.parameters(), *own)])
+    assert same(*found, exact)
+
+
+def test_evaluations_that_draw_nothing_share_one_copy_of_the_generators_state():
+    outputs = blocks_of(linear, "reconstruct", True)(*halves())
+    states = {id(e.random[0]) for trace in outputs[0].grad_fn.traces for e in trace.evaluations}
+    assert len(states) == 1
