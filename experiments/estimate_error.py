@@ -60,8 +60,8 @@ def tracked(network: nn.Module, images: Tensor) -> int:
 
 
 def measure(name: str, activations: str) -> dict[str, Any]:
-    small = "56" not in name and "104" not in name and not name.startswith("preact")
-    shape = (256, 3, 32, 32) if small else (8, 3, 224, 224)
+    small_images = get_model(name).total_stride < 32
+    shape = (256, 3, 32, 32) if small_images else (8, 3, 224, 224)
     images = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     plain, stepped = estimate(build(name, activations), shape), estimate(build(name, activations), shape, optimizer=SGD)
     expected = {

@@ -70,7 +70,10 @@ def _of_checkpoint(path: str) -> dict[str, Any]:
 
     checkpoint = read_checkpoint(path)
     if "config" not in checkpoint:
-        raise ValueError(f"ckpt_path={path} does not say how its network and data were made: it has no 'config'")
+        raise ValueError(
+            f"ckpt_path={path} does not say how its network and data were made: it has no 'config'; give one that "
+            f"revnet-train wrote, or weights=FILE data=..."
+        )
     return checkpoint["config"]
 
 

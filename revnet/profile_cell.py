@@ -53,10 +53,10 @@ def profile_cell(cfg: DictConfig) -> dict[str, Any]:
     if cfg.mode == "estimate":
         return {"memory": _bytes(estimate(model, (cfg.batch_size, *shape), **options))}
     if cfg.mode == "max_batch":
-        most = max_batch(model, parse_bytes(cfg.budget), shape, **options)
+        most = max_batch(model, parse_bytes(cfg.budget, "budget"), shape, **options)
         return {"max_batch": most, "memory": _bytes(estimate(model, (most, *shape), **options))}
     if cfg.mode == "plan":
-        found = plan(model, (cfg.batch_size, *shape), parse_bytes(cfg.budget), **options)
+        found = plan(model, (cfg.batch_size, *shape), parse_bytes(cfg.budget, "budget"), **options)
         return {"plan": str(found), "memory": _bytes(found.memory), "seconds_over_store": found.seconds_over_store}
     if cfg.compile:
         compile_branches(model)

@@ -45,7 +45,10 @@ def sample(cfg: DictConfig) -> Tensor:
         raise ValueError(f"out={cfg.out}: give a picture's name, such as samples.png")
     checkpoint = read_checkpoint(cfg.ckpt_path)
     if "config" not in checkpoint:
-        raise ValueError(f"ckpt_path={cfg.ckpt_path} does not say how its flow was made: it has no 'config'")
+        raise ValueError(
+            f"ckpt_path={cfg.ckpt_path} does not say how its flow was made: it has no 'config'; give one that "
+            f"revnet-train wrote"
+        )
     model = checkpoint["config"]["model"]
     flow: Any = instantiate(model, _convert_="all")
     if not hasattr(flow, "sample"):

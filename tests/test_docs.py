@@ -38,7 +38,7 @@ def test_the_notebook_ends_with_a_trained_network_and_a_picture(tmp_path: Path) 
     notebook = nbformat.read(ROOT / "docs/tutorial.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)
     (install,) = [cell for cell in notebook.cells if "install" in cell.metadata.get("tags", [])]
-    assert install.source == "%pip install revnet"
+    assert install.source == "%pip install .."
     notebook.cells.remove(install)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

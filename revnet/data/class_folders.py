@@ -47,7 +47,8 @@ def list_images(directory: Path, names: Sequence[str]) -> tuple[list[str], Tenso
     lacking, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if lacking or unknown:
         raise ValueError(
-            f"{directory} has other classes than the training images: {_few(lacking)} lacking, {_few(unknown)} unknown"
+            f"{directory} has other classes than the training images: {_few(lacking)} lacking, {_few(unknown)} "
+            f"unknown; give both the same class folders"
         )
     paths: list[str] = []
     labels: list[int] = []

@@ -147,7 +147,10 @@ class ReadableImages(Subset[Batch]):
                     self.images.unreadable[index] = True
                 else:
                     return self.images.transform(image), self.images.labels[index]
-        raise ValueError(f"none of {len(self)} images can be read, {self.images.paths[self.indices[place]]} among them")
+        raise ValueError(
+            f"none of {len(self)} images can be read, {self.images.paths[self.indices[place]]} among them; "
+            f"check data.root"
+        )
 
     def __getitems__(self, places: Sequence[int]) -> Batch:  # type: ignore[override]
         with repeatable(self.images.seed, *places):

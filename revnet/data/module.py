@@ -36,7 +36,8 @@ class ImageDataModule(pl.LightningDataModule):
         classes: how many the data has.
         num_classes: how many the caller expects; None for as many as there are.
         batch_size: images in a batch, on each device.
-        num_workers: processes that load. None: none for images in memory, else one for each processor.
+        num_workers: processes that load. None: none for images in memory, else this device's share of the
+            processors, at most 16.
         val_fraction: share of the training images to validate on, the same of every class; 0 for no validation.
         split_seed: chooses the validation images; nothing else does.
         normalization: "mean_std", "mean_image", "symmetric", "imagenet" or "unit", see `Normalize.named`. The first two

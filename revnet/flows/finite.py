@@ -49,7 +49,9 @@ def check_finite(
     if not has_values(result[0]) or _all_finite(result):
         return
     if not _all_finite(start):
-        raise NonFiniteError(f"the {'latents' if inverse else 'examples'} hold values that are NaN or infinite")
+        raise NonFiniteError(
+            f"the {'latents' if inverse else 'examples'} hold values that are NaN or infinite; leave these out"
+        )
     *latents, last = start
     state: State = (last,)
     layers = [(f"stages.{i}.{j}", layer) for i, stage in enumerate(stages) for j, layer in enumerate(stage)]
@@ -69,5 +71,5 @@ def check_finite(
                 state = state[:1] if isinstance(layer, FactorOut) else state
     raise NonFiniteError(
         "the flow has values that are NaN or infinite, which its layers, run one by one, do not give again: a branch "
-        "draws random numbers"
+        "draws random numbers or is not deterministic; make it a function of its input, or run the flow in float64"
     )

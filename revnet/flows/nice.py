@@ -27,7 +27,7 @@ def nice(
     activations: Activations = "reconstruct",
     exact: bool | None = None,
 ) -> Flow:
-    """A NICE flow. With its defaults that of the paper for MNIST: 1980.50 nats on its test set.
+    """A NICE flow. Its defaults are the network of the paper for MNIST, which reports 1980.50 nats on the test set.
 
     Odd and even components take turns in moving each other; only the scaling has a log-determinant that is not 0.
 

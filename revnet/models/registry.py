@@ -61,6 +61,6 @@ def get_model(name: str, **arguments: Any) -> nn.Module:
     """
     if name not in _BUILDERS:
         near = get_close_matches(name, _BUILDERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown model {name!r}{hint} Valid names: {', '.join(list_models())}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown model {name!r}; {hint}valid names: {', '.join(list_models())}")
     return _BUILDERS[name](**arguments)

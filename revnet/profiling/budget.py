@@ -19,8 +19,12 @@ UNITS = {"B": 1, **DECIMAL, **BINARY}
 GROWTH = 64  # by which factor the next batch that is tried may exceed one that fits
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "size") -> int:
     """A number of bytes: an integer, or a number with a unit, as 500MB (10^6 bytes) or "1.5 GiB" (2^30 bytes).
+
+    Args:
+        size: the number.
+        name: what an error calls it.
 
     Raises:
         ValueError: it is neither, or not positive.
@@ -36,7 +40,7 @@ def parse_bytes(size: int | str) -> int:
         number = round(float(match[1]) * factors.get(match[2].lower(), 0))
     if number < 1:
         raise ValueError(
-            f"a size must be a positive integer (bytes) or a number with one of the units {', '.join(UNITS)}, such as "
+            f"{name} must be a positive integer (bytes) or a number with one of the units {', '.join(UNITS)}, such as "
             f"16GiB; got {size!r}"
         )
     return number
@@ -68,7 +72,7 @@ def max_batch(
         >>> max_batch(revnet38(activations="reconstruct"), "1GB", (3, 32, 32)) > 1000
         True
     """
-    available, shape = parse_bytes(budget), checked_shape("input_shape", input_shape)
+    available, shape = parse_bytes(budget, "budget"), checked_shape("input_shape", input_shape)
 
     def total(batch: int) -> int:
         return estimate(model, (batch, *shape), dtype, optimizer, loss).total

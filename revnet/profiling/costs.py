@@ -63,7 +63,10 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
     backward pass takes two forward passes, and reconstruction moves the state three times besides.
     """
     if not slots(model):
-        raise ValueError(f"{type(model).__name__} has no ReversibleSequence, so there is nothing to plan")
+        raise ValueError(
+            f"{type(model).__name__} has no ReversibleSequence, so there is nothing to plan: "
+            f"choose a network of reversible sequences, such as those of revnet.models, or leave the budget out"
+        )
     steps: dict[str, _Step] = {}
     values: dict[str, list[str]] = {}
     for uniform in ACTIVATIONS:

@@ -103,7 +103,7 @@ def plan(
         (True, True)
         >>> set_activations(network, found)
     """
-    available, shape = parse_bytes(budget), checked_shape("input_shape", input_shape)
+    available, shape = parse_bytes(budget, "budget"), checked_shape("input_shape", input_shape)
     copy = fake_copy(model)
     costs = layer_costs(copy, shape, dtype, loss)
     all_stored = predicted_seconds(costs, ["store"] * len(costs))

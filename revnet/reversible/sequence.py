@@ -188,7 +188,7 @@ class ReversibleSequence(nn.Sequential):
         return inverted
 
     def _run(self, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
-        _check_state(state)
+        _check_state(state, self)
         if isinstance(state[0], torch.fx.Proxy):
             return self._traced(state, context), log_det
         autocast = Autocast.current(state[0].device).enabled
@@ -322,10 +322,16 @@ def _unwrap(state: State) -> Any:
     return state[0] if len(state) == 1 else state
 
 
-def _check_state(state: State) -> None:
+def _check_state(state: State, layers: Iterable[nn.Module]) -> None:
     for name, x in zip(("x1", "x2"), state, strict=False):
         if not isinstance(x, Tensor | torch.fx.Proxy):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass the halves as two arguments")
+    first = next(iter(layers), None)
+    if len(state) == 1 and isinstance(first, Coupling):
+        raise TypeError(
+            f"x2 is missing: layer 0 ({type(first).__name__}) takes two halves; pass both, or let the sequence begin "
+            f"with Split()"
+        )
 
 
 def _check_halves(state: State) -> None:

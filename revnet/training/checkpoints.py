@@ -88,13 +88,19 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         ValueError: if it is something else than such a checkpoint.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"ckpt_path={path}: no such file")
+        raise FileNotFoundError(f"ckpt_path={path}: no such file; runs keep theirs in run_dir/checkpoints")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"ckpt_path={path} is not a checkpoint of tensors and plain values alone") from error
+        raise ValueError(
+            f"ckpt_path={path} is not a checkpoint of tensors and plain values alone; give one that "
+            f"revnet-train wrote, such as previous.ckpt beside it"
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path={path} is not a checkpoint of a training: it has no 'state_dict'")
+        raise ValueError(
+            f"ckpt_path={path} is not a checkpoint of a training: it has no 'state_dict'; "
+            f"weights alone are given by weights=FILE"
+        )
     return checkpoint
 
 
@@ -117,7 +123,8 @@ def load_weights(task: Task, checkpoint: Mapping[str, Any], path: str | PathLike
         if here != there:
             raise ValueError(
                 f"ckpt_path={path} holds {_describe(checkpoint.get('config'), held)}, not the "
-                f"{_describe(task.config, wanted)} that was asked for: {name} is {there} there and {here} here"
+                f"{_describe(task.config, wanted)} that was asked for: {name} is {there} there and {here} here; "
+                f"choose the network and the classes of the checkpoint"
             )
     task.load_state_dict(held)
 

@@ -47,9 +47,15 @@ def spend_memory(
             f"memory_budget={memory_budget} is planned for trainer.precision {', '.join(DTYPES)}, got {precision}; "
             f"choose one of these, or set model.activations yourself"
         )
-    budget = parse_bytes(memory_budget)
+    budget = parse_bytes(memory_budget, "memory_budget")
     if accumulates:
-        budget -= sum(p.nbytes for p in network.parameters() if p.requires_grad)
+        gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+        if budget <= gradients:
+            raise ValueError(
+                f"memory_budget={memory_budget} is too small: the gradients that accumulate take {gradients:,} bytes "
+                f"on their own; give more, or trainer.accumulate_grad_batches=1"
+            )
+        budget -= gradients
     found = plan(network, input_shape, budget, DTYPES[str(precision)], optimizer)
     set_activations(network, found)
     log.info("memory_budget=%s: %s", memory_budget, found)

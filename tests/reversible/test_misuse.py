@@ -157,6 +157,13 @@ def test_halves_given_as_one_argument(activations, exact, halves):
         ReversibleSequence([block_with(nn.Identity(), 0)], activations, exact)(tuple(halves))
 
 
+@EVERY
+@EXACT
+def test_one_tensor_where_two_halves_are_needed(activations, exact, halves):
+    with pytest.raises(TypeError, match=r"x2 is missing: layer 0 \(ReversibleBlock\).*Split\(\)"):
+        ReversibleSequence([block_with(nn.Identity(), 0)], activations, exact)(halves[0])
+
+
 @pytest.mark.parametrize(
     ("build", "name"),
     [

@@ -34,6 +34,13 @@ def test_a_precision_that_cannot_be_planned_for_is_refused():
         spend_memory(revnet38(), "1GB", SHAPE, "64-true", SGD)
 
 
+def test_a_budget_below_the_accumulated_gradients_is_refused():
+    with pytest.raises(ValueError, match=r"memory_budget=1MB is too small: the gradients .* take 1,859,560"):
+        spend_memory(revnet38(), "1MB", SHAPE, "32-true", SGD, accumulates=True)
+    with pytest.raises(ValueError, match=r"memory_budget must be a positive integer .* got 'much'"):
+        spend_memory(revnet38(), "much", SHAPE, "32-true", SGD)
+
+
 def test_what_did_not_fit_is_told_with_what_would() -> None:
     network = revnet38(activations="store")
     line = out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 12_000_000)
