@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from revnet.models import get_model, list_models
+from revnet.models import PreActResNet, get_model, list_models
 from revnet.profiling import estimate, measure_resident
 from revnet.reversible import ACTIVATIONS
 
@@ -60,8 +60,9 @@ def tracked(network: nn.Module, images: Tensor) -> int:
 
 
 def measure(name: str, activations: str) -> dict[str, Any]:
-    small_images = get_model(name).total_stride < 32
-    shape = (256, 3, 32, 32) if small_images else (8, 3, 224, 224)
+    network = get_model(name)
+    assert isinstance(network, PreActResNet)
+    shape = (256, 3, 32, 32) if network.total_stride < 32 else (8, 3, 224, 224)
     images = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     plain, stepped = estimate(build(name, activations), shape), estimate(build(name, activations), shape, optimizer=SGD)
     expected = {

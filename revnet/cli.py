@@ -95,6 +95,11 @@ def command(
                 leave(config_name, "interrupted", status=130)
             except JobFailed:
                 sys.exit(1)
+            except SystemExit as stop:
+                line, status = _told_to_stop(stop)
+                if line is None:
+                    raise
+                leave(config_name, line, status)
             except Exception as error:
                 line = mistake(error)
                 if line is None:
@@ -106,6 +111,13 @@ def command(
         return main
 
     return decorate
+
+
+def _told_to_stop(stop: SystemExit) -> tuple[str | None, int]:
+    """What Lightning makes of SIGTERM and of Ctrl-C, which else would look like success, or like a failure."""
+    if type(stop).__name__ == "SIGTERMException":
+        return "stopped by SIGTERM", 143
+    return ("interrupted", 130) if isinstance(stop.__context__, KeyboardInterrupt) else (None, 0)
 
 
 def _silence() -> None:

@@ -28,6 +28,8 @@ __all__ = ["build", "refuse_contradictions", "train", "main"]
 
 log = logging.getLogger(__name__)
 
+THREADS = torch.get_num_threads()
+
 
 def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
     """Make the data module and the Lightning module of a configuration.
@@ -98,6 +100,17 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         )
 
 
+def _held(network: torch.nn.Module, cfg: DictConfig) -> int:
+    """Bytes that a training holds beside its steps."""
+    gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    weights = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    accumulates = cfg.trainer.accumulate_grad_batches > 1
+    averages = cfg.callbacks.get("ema") is not None
+    strategy = cfg.trainer.strategy
+    in_buckets = "ddp" in (strategy if isinstance(strategy, str) else strategy._target_).lower()
+    return gradients * (accumulates + in_buckets) + weights * averages
+
+
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train, test and print a summary.
 
@@ -136,8 +149,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise ValueError(f"threads={cfg.threads}: give a number of threads, at least 1, or null")
     refuse_contradictions(cfg.trainer)
     pl.seed_everything(cfg.seed, workers=True)
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads or THREADS)  # an earlier job of a sweep may have set others
     data, task = build(cfg)
     if cfg.memory_budget is not None and hasattr(task.network, "log_prob"):
         raise ValueError(f"memory_budget={cfg.memory_budget} is for classifiers: set model.activations for a flow")
@@ -148,7 +160,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             (cfg.data.batch_size, *data.image_shape),  # type: ignore[attr-defined]
             cfg.trainer.precision,
             instantiate(cfg.optimizer, _convert_="all"),
-            cfg.trainer.accumulate_grad_batches > 1,
+            _held(task.network, cfg),
         )
     if cfg.compile:
         compile_branches(task.network)

@@ -72,7 +72,7 @@ def outcome(directory: Path) -> dict[str, Any]:
         **{key: last[key] for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")},
         "average": last.get("averaging_state"),
         "weights": last.get("current_model_state"),
-        "random": last["continuation"]["random"],
+        "random": [process["random"] for process in last["continuation"]["processes"]],
         "best": best["state_dict"],
     }
 
@@ -152,21 +152,40 @@ def test_a_training_killed_at_a_random_moment_goes_on_to_the_same_bits(
 
 
 class Fault(pl.Callback):
-    """Sends a signal to this process at the end of a batch, counted from 1."""
+    """Sends a signal to this process at the end of a batch of `stage`, counted from 1; in training from its start."""
 
-    def __init__(self, batch: int, signal: str) -> None:
+    def __init__(self, batch: int, signal: str, stage: str = "train") -> None:
         self.batch = batch
         self.signal = signal
+        self.stage = stage
+        self.counts = {"validation": 0, "test": 0}
+
+    def _at(self, stage: str, batch: int) -> None:
+        if (stage, batch) == (self.stage, self.batch):
+            os.kill(os.getpid(), getattr(signal, self.signal))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
-            os.kill(os.getpid(), getattr(signal, self.signal))
+        self._at("train", trainer.fit_loop.total_batch_idx + 1)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.counts["validation"] += 1
+            self._at("validation", self.counts["validation"])
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        self.counts["test"] += 1
+        self._at("test", self.counts["test"])
+
+
+VALIDATED = ("data.batch_size=16", "data.val_fraction=0.4")  # nine batches an epoch, and five of validation
+FLOW = ("model=nice", "model.hidden=8", "model.layers=1", "data.normalization=unit", "data.flip=false")
 
 
 @pytest.mark.parametrize(
     ("name", "batch", "status", "options"),
     [
         ("SIGTERM", 9, 143, ()),
+        ("SIGTERM", 9, 143, FLOW),
         ("SIGTERM", 12, 143, ()),  # an epoch's last
         ("SIGINT", 10, 130, ()),
         ("SIGTERM", 9, 143, ("data.num_workers=1",)),
@@ -197,6 +216,72 @@ def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
     assert train(tmp_path / "run", "ckpt_path=last") == 0
     assert differences(expected, outcome(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "step", "options"),
+    [
+        ("SIGTERM", 2, 8, ()),
+        ("SIGINT", 7, 16, ()),
+        ("SIGTERM", 7, 16, ("callbacks=ema", "callbacks.ema.update_every_n_steps=1")),
+        ("SIGTERM", 2, 3, ("+trainer.val_check_interval=3",)),
+        ("SIGTERM", 7, 3, ("+trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2")),
+        ("SIGTERM", 5, 8, ()),  # the last of a validation
+    ],
+)
+def test_a_training_that_is_told_to_stop_while_it_validates_goes_on_to_the_same_bits(
+    name: str,
+    batch: int,
+    step: int,
+    options: tuple[str, ...],
+    undisturbed: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    expected = undisturbed(*VALIDATED, *options)
+    capsys.readouterr()
+    fault = f"+callbacks.fault={{_target_:tests.test_faults.Fault,batch:{batch},signal:{name},stage:validation}}"
+    assert train(tmp_path / "run", *TRAINING, *VALIDATED, *options, fault) == {"SIGTERM": 143, "SIGINT": 130}[name]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f" after step {step}: go on with " in line
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
+    assert differences(expected, outcome(tmp_path / "run")) == []
+
+
+def test_a_test_that_is_told_to_stop_leaves_the_training_as_it_ended(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    expected = undisturbed()
+    capsys.readouterr()
+    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:1,signal:SIGTERM,stage:test}"
+    assert train(tmp_path / "run", *TRAINING, fault) == 143
+    assert capsys.readouterr().err.splitlines() == ["revnet-train: stopped by SIGTERM"]
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
+    assert differences(expected, outcome(tmp_path / "run")) == []
+
+
+def test_a_run_that_was_moved_goes_on_and_remembers_its_best(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stopped(tmp_path / "run", capsys)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert train(tmp_path / "moved", "ckpt_path=last", "callbacks.fault=null") == 0
+    assert differences(undisturbed(), outcome(tmp_path / "moved")) == []
+
+
+def test_another_rate_takes_effect_when_a_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stopped(tmp_path / "run", capsys)
+    changed = ("optimizer.lr=0.001", "optimizer.weight_decay=0.5", "scheduler=constant")
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null", *changed) == 0
+    groups = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0][
+        "param_groups"
+    ]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.001, 0.5), (0.001, 0)]
+    capsys.readouterr()
+    assert train(tmp_path / "run", "ckpt_path=last", "trainer.max_epochs=4", "optimizer=adamw") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"optimizer: the checkpoint has the state of SGD .* AdamW .*; choose the optimizer of", line)
 
 
 def stopped(directory: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_warn
 from torchmetrics import Metric
 
 __all__ = ["Continuation"]
@@ -29,6 +30,8 @@ class Continuation(Callback):
     - Random numbers of torch (the CPU and the current device), Python and NumPy.
     - In the middle of an epoch the sums of every metric (`torchmetrics.Metric`) of the module, and the gradients if
       the optimizer step that they belong to is still to come.
+    - Each of these for every process of the training: no two of them draw the same numbers, either, which would shift,
+      mirror and mix the n-th image of each in the same way. (Weights are those of process 0.)
     - The lines of the log: each resumed training has a version of its own, and `metrics.csv` there begins with the
       lines up to the checkpoint. The newest version is thus the record of the whole training, nothing twice and
       nothing of what came after the checkpoint. (Other loggers show each version by itself.)
@@ -49,12 +52,15 @@ class Continuation(Callback):
                     logs[str(logger.name)] = [Path(logger.log_dir).name, len(_lines(_file(logger)))]
         epoch = trainer.fit_loop.epoch_progress.current
         unfinished = epoch.processed < epoch.ready  # type: ignore[attr-defined]
-        checkpoint[KEY] = {
+        own = {
             "random": _random_state(pl_module.device),
-            "unfinished": unfinished,
-            "metrics": {name: _copy(value) for name, value in trainer.callback_metrics.items()},
             "sums": _sums(pl_module) if unfinished else {},
             "gradients": _gradients(trainer, pl_module),
+        }
+        checkpoint[KEY] = {
+            "processes": _of_all_processes(trainer, own),
+            "unfinished": unfinished,
+            "metrics": {name: _copy(value) for name, value in trainer.callback_metrics.items()},
             "logs": logs,
             "unlogged": _unlogged(trainer),
         }
@@ -66,6 +72,9 @@ class Continuation(Callback):
     ) -> None:
         """Take the state out of a checkpoint."""
         self._loaded = checkpoint.get(KEY, {})
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                _follow(checkpoint["callbacks"].get(callback.state_key), Path(callback.dirpath))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with metrics and log. A training that is resumed when it has ended gets no further than here."""
@@ -86,19 +95,55 @@ class Continuation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the rest, after everything that draws random numbers before the first step."""
         if not self._loaded:
+            if trainer.global_rank > 0:
+                torch.manual_seed(torch.initial_seed() + trainer.global_rank)
             return
         loaded, self._loaded = self._loaded, {}
+        own = _own(loaded["processes"], trainer)
         _reopen_loader(trainer.fit_loop)
         if not loaded["unfinished"]:  # Lightning takes the epoch for interrupted wherever it is given max_steps
             trainer.fit_loop.epoch_loop.restarting = False
-        for name, sums in loaded["sums"].items():
+        for name, sums in own["sums"].items():
             metric = pl_module.get_submodule(name)
             for key, value in sums.items():
                 setattr(metric, key, value.to(pl_module.device))
-        for name, gradient in loaded["gradients"].items():
+        for name, gradient in own["gradients"].items():
             parameter = pl_module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-        _set_random_state(loaded["random"], pl_module.device)
+        _set_random_state(own["random"], pl_module.device)
+
+
+def _follow(state: dict[str, Any] | None, directory: Path) -> None:
+    """Give the best checkpoint its new path where the run was moved: Lightning would forget which one was best."""
+    if not state or not state.get("best_model_path") or Path(state["dirpath"]) == directory:
+        return
+    best = directory / Path(state["best_model_path"]).name
+    if best.is_file():
+        state |= {"dirpath": str(directory), "best_model_path": str(best), "kth_best_model_path": str(best)}
+        state["best_k_models"] = {str(best): state["best_model_score"]}
+
+
+def _of_all_processes(trainer: pl.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process has, in the order of their ranks."""
+    if trainer.world_size == 1:
+        return [own]
+    states: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def _own(states: list[dict[str, Any]], trainer: pl.Trainer) -> dict[str, Any]:
+    """This process's part; a process that was not there before has nothing to go on with but its random numbers."""
+    if len(states) != trainer.world_size:
+        rank_zero_warn(
+            f"the checkpoint is of {len(states)} processes, and this training has {trainer.world_size}: it goes on, "
+            f"with other random numbers, and the metrics of an epoch at hand count the images of "
+            f"{min(len(states), trainer.world_size)} processes alone before the checkpoint"
+        )
+    if trainer.global_rank < len(states):
+        return states[trainer.global_rank]
+    torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+    return {"random": _random_state(trainer.strategy.root_device), "sums": {}, "gradients": {}}
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

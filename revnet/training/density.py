@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 from revnet.training.fully_shard import FullyShard
 from revnet.training.task import Task
@@ -54,6 +55,9 @@ class DensityEstimator(Task):
         if not hasattr(network, "log_prob"):
             raise TypeError(f"network={type(network).__name__} has no density: give a Flow, such as nice or realnvp")
         super().__init__(network, optimizer, scheduler, config)
+        # Metrics, and not means of what is logged, so that a training that goes on within an epoch has them whole.
+        names = [f"{split}_{name}" for split in ("train", "val", "test") for name in ("nats", "bits_per_dim")]
+        self.means = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Log-densities in nats, of shape (batch,)."""
@@ -80,17 +84,14 @@ class DensityEstimator(Task):
             self._evaluate(batch, "test")
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
-        nats = self(*batch).mean()
-        options: dict[str, Any] = {
-            "on_step": False,
-            "on_epoch": True,
-            "batch_size": len(batch[0]),
-            "sync_dist": split != "train",
-        }
-        self.log(f"{split}/nats", nats.detach(), **options)
-        bits = self.network.bits_per_dim(nats.detach())  # type: ignore[operator]
-        self.log(f"{split}/bits_per_dim", bits, prog_bar=True, **options)
-        return nats
+        nats = self(*batch)
+        found = {"nats": nats.detach(), "bits_per_dim": self.network.bits_per_dim(nats.detach())}  # type: ignore[operator]
+        for name, values in found.items():
+            mean = self.means[f"{split}_{name}"]
+            assert isinstance(mean, MeanMetric)
+            mean.update(values)
+            self.log(f"{split}/{name}", mean, on_step=False, on_epoch=True, prog_bar=name == "bits_per_dim")
+        return nats.mean()
 
     def setup(self, stage: str) -> None:
         """Refuse to shard: what is sharded is gathered by a network's forward pass, which a flow does not have."""

@@ -20,7 +20,8 @@ class LastCheckpoint(Checkpoint):
     """Save the state of a training as `last.ckpt`, and keep the one before as `previous.ckpt`.
 
     Saved is at the end of every epoch, every so many optimizer steps, and when the training is told to stop by SIGTERM
-    or Ctrl-C: it then ends after the step at hand. (A second Ctrl-C ends it at once, unsaved.)
+    or Ctrl-C: it then ends after the step at hand, or after the validation at hand, in the middle of which a training
+    could not go on. (A second Ctrl-C ends it at once, unsaved.)
 
     Args:
         dirpath: directory of the checkpoints.
@@ -42,6 +43,7 @@ class LastCheckpoint(Checkpoint):
         self.saved: Path | None = None
         self.interrupted = False
         self._saved_step = 0
+        self._told_in_validation = False
         self._handler: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,21 +55,39 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, and neither the epoch's end nor validation, which belongs to this step, is to come."""
+        """Save if it is time; later if the epoch's end or validation is to come first, which belongs to this step."""
         steps = self.every_n_train_steps
-        due = steps is not None and trainer.global_step % steps == 0 and trainer.global_step != self._saved_step
+        due = steps is not None and trainer.global_step // steps > self._saved_step // steps
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if due and fetcher and not loop._is_training_done and not loop._should_check_val_fx(fetcher):
             self._save(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
+        """Keep the word to stop until the validation has ended: Lightning would stop in the middle of it."""
+        if trainer.received_sigterm:
+            trainer._signal_connector.received_sigterm = False
+            self._told_in_validation = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass it on."""
+        if self._told_in_validation:
+            trainer._signal_connector.received_sigterm = True
+            self._told_in_validation = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save."""
         self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save if the training was told to stop: Lightning then stops between two steps."""
+        """Save if the training, and not a test, was told to stop: Lightning then stops between two steps."""
         self._stop_listening()
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, SIGTERMException) and trainer.training:
+            loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+            epoch = trainer.fit_loop.epoch_progress.current
+            unfinished = epoch.processed < epoch.ready  # type: ignore[attr-defined]
+            if unfinished and fetcher and loop._should_check_val_fx(fetcher) and not loop._should_accumulate():
+                # Behind a validation in mid-epoch Lightning goes on by counting the step that it belongs to again.
+                loop._batches_that_stepped -= 1
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from revnet.profiling import estimate, max_batch, parse_bytes, plan
 from revnet.reversible import set_activations
@@ -27,7 +28,7 @@ def spend_memory(
     input_shape: Sequence[int],
     precision: str,
     optimizer: Callable[..., torch.optim.Optimizer] | None,
-    accumulates: bool = False,
+    held: int = 0,
 ) -> None:
     """Switch a network to the fastest plan of activations whose training step fits into a budget, and log it.
 
@@ -37,7 +38,7 @@ def spend_memory(
         input_shape: of a batch on one device.
         precision: of the trainer, such as "bf16-mixed".
         optimizer: function from parameters to an optimizer.
-        accumulates: whether gradients live from one step to the next.
+        held: bytes that the training holds beside a step: gradients that accumulate, averaged weights, buckets.
 
     Raises:
         ValueError: the budget or the precision cannot be planned for.
@@ -48,15 +49,15 @@ def spend_memory(
             f"choose one of these, or set model.activations yourself"
         )
     budget = parse_bytes(memory_budget, "memory_budget")
-    if accumulates:
-        gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
-        if budget <= gradients:
-            raise ValueError(
-                f"memory_budget={memory_budget} is too small: the gradients that accumulate take {gradients:,} bytes "
-                f"on their own; give more, or trainer.accumulate_grad_batches=1"
-            )
-        budget -= gradients
-    found = plan(network, input_shape, budget, DTYPES[str(precision)], optimizer)
+    beside = f"memory_budget={memory_budget}: accumulated gradients, averaged weights and buckets take {held:,} bytes"
+    if held >= budget:
+        raise ValueError(f"{beside} already; give more")
+    try:
+        found = plan(network, input_shape, budget - held, DTYPES[str(precision)], optimizer)
+    except ValueError as error:
+        if not held:
+            raise
+        raise ValueError(f"{beside}, and of what is left {error}") from error
     set_activations(network, found)
     log.info("memory_budget=%s: %s", memory_budget, found)
 
@@ -87,6 +88,8 @@ def out_of_memory(
     line = (
         f"out of memory at a batch of {batch} images of shape {tuple(shape)}: there are {memory / 1e6:,.0f} MB in all"
     )
+    if any(isinstance(module, FSDPModule) for module in network.modules()):
+        return f"{line}; try a smaller data.batch_size"  # what is shared out among devices cannot be estimated
     try:
         taken = estimate(network, input_shape, dtype, optimizer).total
         line += f", and the training step takes {taken / 1e6:,.0f} MB"

@@ -1,8 +1,8 @@
 """Learning-rate schedules over a known number of optimizer steps.
 
 Each is a factory `(optimizer, total_steps) -> scheduler`, to be stepped after every optimizer step, and scales the rate
-that the optimizer was made with. Nothing but the step count is in a scheduler's state, so a training that is resumed
-with another length follows the schedule of that length (torch's own `OneCycleLR` would raise).
+that the optimizer was made with. Nothing but the step count and that rate is in a scheduler's state, so a training that
+is resumed with another length follows the schedule of that length (torch's own `OneCycleLR` would raise).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +18,9 @@ __all__ = ["Task"]
 
 class Task(pl.LightningModule):
     """A network, and the factories of its optimizer and learning-rate schedule; a subclass adds the steps.
+
+    A training that goes on from a checkpoint takes the optimizer's state from there, and those of its settings that
+    have been changed since (`lr`, `weight_decay`, ...) from here.
 
     Args:
         network: any module.
@@ -42,6 +45,8 @@ class Task(pl.LightningModule):
         self.config = config
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self._settings: dict[str, Any] = {}
+        self._loaded_settings: dict[str, Any] = {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over `parameter_groups`, and the schedule over the steps that the trainer will take."""
@@ -51,15 +56,61 @@ class Task(pl.LightningModule):
         if self._scheduler is not None and total_steps == float("inf"):
             raise ValueError("the schedule needs to know when training ends: set the trainer's max_epochs or max_steps")
         optimizer = _make("optimizer", self._optimizer, parameter_groups(self.network))
+        self._settings = _settings(optimizer)
+        _check_same(self._loaded_settings, self._settings)
         if self._scheduler is None:
             return optimizer
         scheduler = _make("scheduler", self._scheduler, optimizer, total_steps=int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Take a step, and free the gradients: Lightning would keep them through the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+    def on_train_start(self) -> None:
+        """Let settings of the optimizer that were changed since the checkpoint take effect."""
+        then, self._loaded_settings = self._loaded_settings, {}
+        if then:
+            schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            _change(self.trainer.optimizers[0], schedules, then["groups"], self._settings["groups"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the settings that the optimizer was made with."""
+        self._loaded_settings = checkpoint.get("optimizer_settings", {})
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing."""
+        checkpoint["optimizer_settings"] = self._settings
         if self.config is not None:
             checkpoint["config"] = self.config
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    """The class of an optimizer, and what each of its groups was made with."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "groups": groups}
+
+
+def _check_same(then: dict[str, Any], now: dict[str, Any]) -> None:
+    if then and (then["class"], len(then["groups"])) != (now["class"], len(now["groups"])):
+        raise ValueError(
+            f"optimizer: the checkpoint has the state of {then['class']} with {len(then['groups'])} groups of "
+            f"parameters, which {now['class']} with {len(now['groups'])} cannot go on with; choose the optimizer of "
+            f"the checkpoint, or begin another run"
+        )
+
+
+def _change(
+    optimizer: Optimizer, schedules: Sequence[LRScheduler], then: list[dict[str, Any]], now: list[dict[str, Any]]
+) -> None:
+    """Sets what differs between two lists of settings; a schedule keeps its place, and scales another rate."""
+    for index, (group, before, after) in enumerate(zip(optimizer.param_groups, then, now, strict=True)):
+        group.update({key: value for key, value in after.items() if value != before.get(key) and key != "lr"})
+        if before["lr"] != after["lr"]:
+            group["lr"] = group["lr"] * after["lr"] / before["lr"] if before["lr"] else after["lr"]
+            for schedule in schedules:
+                schedule.base_lrs[index] = group["initial_lr"] = after["lr"]
 
 
 def _make(what: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

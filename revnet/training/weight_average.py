@@ -20,8 +20,9 @@ class WeightAverage(WeightAveraging):
     """An exponential average of the weights, to validate, test and keep, while training goes on with its own.
 
     At every update, counted n = 0, 1, 2, ..., `average = d * average + (1 - d) * weights`, and the same for buffers,
-    with d = min(decay, (1 + n) / (10 + n)): early on the average reaches back over a ninth of the training, so that it
-    is no worse for where the weights began. Checkpoints have the average as `state_dict` and the weights beside it.
+    with d = min(decay, (1 + n) / (10 + n)), but for the first (n = 0), which copies the weights: early on the average
+    reaches back over a ninth of the training, so that it is no worse for where the weights began. Checkpoints have the
+    average as `state_dict` and the weights beside it.
 
     Lightning's own callback puts the weights of training back whenever a checkpoint is read, for a test as well.
 

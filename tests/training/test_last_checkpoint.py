@@ -38,6 +38,14 @@ def test_it_saves_within_epochs_and_at_their_ends(
     assert last.saved == tmp_path / "here/last.ckpt"
 
 
+def test_a_checkpoint_that_validation_was_in_the_way_of_is_made_up_for(
+    fit: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    record, last = Record(), LastCheckpoint(tmp_path / "here", 2)
+    fit(classifier(), callbacks=[record, last], enable_checkpointing=True, val_check_interval=2)
+    assert record.steps == [3, 4, 7, 8]
+
+
 def test_ctrl_c_is_left_to_others_when_the_training_has_ended(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     fit(classifier(), callbacks=[LastCheckpoint(tmp_path)], enable_checkpointing=True)

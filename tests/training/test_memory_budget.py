@@ -20,9 +20,10 @@ SHAPE = (8, 3, 16, 16)
 def test_the_step_fits_and_the_plan_is_logged(accumulates, caplog):
     network = revnet38()
     least, most = (estimate(revnet38(activations=v), SHAPE, optimizer=SGD) for v in ("reconstruct", "store"))
-    budget = (least.total + most.total) // 2 + accumulates * most.gradients
+    held = accumulates * most.gradients
+    budget = (least.total + most.total) // 2 + held
     with caplog.at_level(logging.INFO):
-        spend_memory(network, budget, SHAPE, "32-true", SGD, accumulates)
+        spend_memory(network, budget, SHAPE, "32-true", SGD, held)
     memory = measure_memory(network, torch.randn(SHAPE), optimizer=SGD)
     assert memory.total + accumulates * memory.gradients <= budget
     assert {"store", "reconstruct"} <= {slot.value() for slot in slots(network)}
@@ -34,9 +35,11 @@ def test_a_precision_that_cannot_be_planned_for_is_refused():
         spend_memory(revnet38(), "1GB", SHAPE, "64-true", SGD)
 
 
-def test_a_budget_below_the_accumulated_gradients_is_refused():
-    with pytest.raises(ValueError, match=r"memory_budget=1MB is too small: the gradients .* take 1,859,560"):
-        spend_memory(revnet38(), "1MB", SHAPE, "32-true", SGD, accumulates=True)
+def test_a_budget_that_what_is_held_leaves_too_little_of_is_refused():
+    with pytest.raises(ValueError, match=r"memory_budget=1MB: accumulated gradients, .* take 1,859,560 bytes already"):
+        spend_memory(revnet38(), "1MB", SHAPE, "32-true", SGD, held=1_859_560)
+    with pytest.raises(ValueError, match=r"memory_budget=3MB: .* take 1,859,560 bytes, and of what is left budget="):
+        spend_memory(revnet38(), "3MB", SHAPE, "32-true", SGD, held=1_859_560)
     with pytest.raises(ValueError, match=r"memory_budget must be a positive integer .* got 'much'"):
         spend_memory(revnet38(), "much", SHAPE, "32-true", SGD)
 

@@ -1,0 +1,90 @@
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from revnet.training import Classifier, constant_rate, one_cycle
+from tests.training.tiny import tiny_network
+
+Fit = Callable[..., pl.Trainer]
+
+
+def classifier(scheduler: Any = None, **settings: Any) -> Classifier:
+    torch.manual_seed(0)
+    optimizer = partial(torch.optim.SGD, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, **settings})
+    return Classifier(tiny_network(), optimizer, scheduler)
+
+
+class Rates(pl.Callback):
+    """The settings of the first group at every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float, float]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        group = trainer.optimizers[0].param_groups[0]
+        self.seen.append((group["lr"], group["momentum"], group["weight_decay"]))
+
+
+def rates(fit: Fit, module: Classifier, **settings: Any) -> list[tuple[float, float, float]]:
+    found = Rates()
+    fit(module, callbacks=[found], max_epochs=4, **settings)
+    return found.seen
+
+
+@pytest.fixture
+def half(fit: Fit, tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint of the first two of four epochs."""
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    def half(module: Classifier) -> Path:
+        fit(module, callbacks=[Stop()], max_epochs=4).save_checkpoint(tmp_path / "half.ckpt")
+        return tmp_path / "half.ckpt"
+
+    return half
+
+
+@pytest.mark.parametrize("scheduler", [None, constant_rate, one_cycle])
+def test_changed_settings_take_effect_when_a_training_goes_on(
+    scheduler: Any, fit: Fit, half: Callable[..., Path]
+) -> None:
+    path = half(classifier(scheduler))
+    whole, other = rates(fit, classifier(scheduler)), rates(fit, classifier(scheduler, lr=0.3, weight_decay=0.5))
+    assert rates(fit, classifier(scheduler), ckpt=path) == whole[8:]
+    resumed = rates(fit, classifier(scheduler, lr=0.3, weight_decay=0.5), ckpt=path)
+    assert torch.allclose(torch.tensor(resumed), torch.tensor(other[8:]), rtol=1e-6)
+
+
+def test_what_a_schedule_has_made_of_other_settings_is_kept(fit: Fit, half: Callable[..., Path]) -> None:
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
+    path, whole = half(classifier(cycle)), rates(fit, classifier(cycle))
+    resumed = rates(fit, classifier(cycle, weight_decay=0.5), ckpt=path)
+    assert resumed == [(lr, momentum, 0.5) for lr, momentum, _ in whole[8:]]
+
+
+def test_the_state_of_another_optimizer_is_refused(fit: Fit, half: Callable[..., Path]) -> None:
+    path = half(classifier())
+    adam = Classifier(tiny_network(), partial(torch.optim.Adam, lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"optimizer: the checkpoint has the state of SGD .* Adam .* begin another run"
+    ):
+        fit(adam, ckpt=path)
+
+
+def test_no_gradients_are_held_while_the_next_batch_runs_forward(fit: Fit) -> None:
+    held: list[bool] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+            held.append(any(p.grad is not None for p in pl_module.parameters()))
+
+    fit(classifier(), callbacks=[Look()])
+    fit(classifier(), callbacks=[Look()], accumulate_grad_batches=2)
+    assert held == [False] * 8 + [False, True] * 4
