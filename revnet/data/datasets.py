@@ -29,9 +29,12 @@ def whole_batch(batch: Any) -> Any:
 @contextmanager
 def repeatable(*place: Any) -> Iterator[None]:
     """Let torch's random numbers on the CPU depend on `place` alone: not on the process, nor on what went before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random.Random(repr(place)).getrandbits(63))
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(random.Random(repr(place)).getrandbits(63))  # torch's own would seed GPUs, too
+    try:
         yield
+    finally:
+        torch.set_rng_state(state)
 
 
 class TensorImages(Dataset[Batch]):
@@ -71,8 +74,6 @@ class FileImages(Dataset[Batch]):
         transform: from an RGB image to a tensor of bytes, (channels, height, width), of the same shape for all.
 
     Attributes:
-        seed: of a random transform. A batch is the same whenever its images are asked for in the same order, by any
-            process; shuffling makes that another batch in every epoch.
         unreadable: (items,), bool; marks the files that `ReadableImages` has found to be no images. All processes of a
             data loader share it.
     """
@@ -81,7 +82,6 @@ class FileImages(Dataset[Batch]):
         self.paths = paths
         self.labels = labels
         self.transform = transform
-        self.seed = 0
         self.unreadable = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -91,8 +91,7 @@ class FileImages(Dataset[Batch]):
         return self.transform(read_image(self.paths[index])), self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        with repeatable(self.seed, *indices):
-            images = [self.transform(read_image(self.paths[index])) for index in indices]
+        images = [self.transform(read_image(self.paths[index])) for index in indices]
         return torch.stack(images), self.labels[indices]
 
     def unreadable_paths(self) -> list[str]:
@@ -153,6 +152,5 @@ class ReadableImages(Subset[Batch]):
         )
 
     def __getitems__(self, places: Sequence[int]) -> Batch:  # type: ignore[override]
-        with repeatable(self.images.seed, *places):
-            images, labels = zip(*[self[place] for place in places], strict=True)
+        images, labels = zip(*[self[place] for place in places], strict=True)
         return torch.stack(images), torch.stack(labels)

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -83,7 +82,6 @@ class ImageFolder(ImageFiles):
             return images
         varied = copy.copy(images)  # which shares the marks of unreadable files
         varied.transform = self.varied()
-        varied.seed = torch.initial_seed()
         return varied
 
     def part(self, images: Images, indices: Sequence[int] | None = None) -> Images | Subset[Batch]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from revnet.data.augment import cutout, mixing, random_crop, random_flip
 from revnet.data.datasets import Batch, FileImages, TensorImages, whole_batch
+from revnet.data.epochs import EpochLoader, Epochs, Places
 from revnet.data.normalize import Normalize
 from revnet.data.split import stratified_split
 
@@ -114,6 +112,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.mixup = mixup
         self.cutmix = cutmix
         self.splits: dict[str, Any] = {}
+        self._seed: int | None = None
 
     def load(self) -> tuple[Images, Images | None, Images]:
         """Return the images to train on, to validate on (None: to be cut from the former) and to test on."""
@@ -185,18 +184,20 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the training images in random order; what is left over for an incomplete batch is dropped.
 
-        Torch's seed and the epoch decide the order, and the loader's `state_dict` keeps its place in it. Without a
-        trainer, `loader.sampler.set_epoch(epoch)` begins another order.
+        Torch's seed and the epoch decide the order, and the loader's `state_dict` keeps its place in it, whatever the
+        number of its processes. Without a trainer, `loader.sampler.set_epoch(epoch)` begins another order.
         """
         images = len(self.splits["train"]) // (self.trainer.world_size if self.trainer else 1)
         if images < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is more than the {images} training images: give {images} or less"
             )
-        sampler = self._order()
+        seed = torch.initial_seed()
+        self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        order = self._order()
         if self.trainer is not None:  # a loader with processes begins to load before the trainer says which epoch it is
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return self._loader("train", sampler=sampler, drop_last=True)
+            order.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        return self._loader(Epochs(self.splits["train"], order.seed), EpochLoader, sampler=order, drop_last=True)
 
     def batch_indices(self, epoch: int, batch: int) -> list[int]:
         """Return which images a training batch holds on this device.
@@ -211,47 +212,39 @@ class ImageDataModule(pl.LightningDataModule):
         train = self.splits["train"]
         if not isinstance(train, Subset):
             return []
-        sampler = self._order()
-        sampler.set_epoch(epoch)
-        return [
-            train.indices[index] for index in list(sampler)[batch * self.batch_size : (batch + 1) * self.batch_size]
-        ]
+        order = self._order()
+        order.set_epoch(epoch)
+        places = list(order)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return [train.indices[place % len(train)] for place in places]
 
     def val_dataloader(self) -> DataLoader[Batch] | list:
         """Return the validation images in their order; no loader if there are none."""
-        return self._loader("val") if "val" in self.splits else []
+        return self._loader(self.splits["val"]) if "val" in self.splits else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the test images in their order."""
-        return self._loader("test")
+        return self._loader(self.splits["test"])
 
-    def _order(self) -> StatefulDistributedSampler:
-        """The order of the training images on this device."""
-        seed = torch.initial_seed()
-        if self.trainer is None:
-            return StatefulDistributedSampler(self.splits["train"], 1, 0, seed=seed)
-        return StatefulDistributedSampler(
-            self.splits["train"],
-            self.trainer.world_size,
-            self.trainer.global_rank,
-            seed=self.trainer.strategy.broadcast(seed),
-            drop_last=True,
-        )
+    def _order(self) -> Places:
+        """The order of the training images on this device, which asks no other process anything."""
+        world_size, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        return Places(self.splits["train"], world_size, rank, seed=seed, drop_last=True)
 
-    def _loader(self, split: str, **options: Any) -> DataLoader[Batch]:
+    def _loader(
+        self, images: Dataset[Batch], kind: type[DataLoader[Batch]] = DataLoader, **options: Any
+    ) -> DataLoader[Batch]:
         workers = self.num_workers or 0
         sampler = options.get("sampler")
         # A generator of its own: to begin an epoch leaves torch's global one alone.
         seed = sampler.seed + sampler.epoch if sampler is not None else 0
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata calls it
-            return (DataLoader if sampler is None else StatefulDataLoader)(
-                self.splits[split],
-                options.pop("batch_size", self.batch_size),
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                collate_fn=whole_batch,
-                pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-                generator=torch.Generator().manual_seed(seed % 2**63),
-                **options,
-            )
+        return kind(
+            images,
+            options.pop("batch_size", self.batch_size),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=whole_batch,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            generator=torch.Generator().manual_seed(seed % 2**63),
+            **options,
+        )

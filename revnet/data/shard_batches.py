@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -13,17 +14,20 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from revnet.data.datasets import Batch, repeatable
+from revnet.data.epochs import EpochLoader
 from revnet.data.read_image import read_image
 from revnet.data.shard_index import Shard
 
-__all__ = ["ShardBatches", "EpochAndBatch"]
+__all__ = ["ShardBatches", "ShardLoader"]
+
+log = logging.getLogger(__name__)
 
 
 class ShardBatches(Dataset[Batch]):
-    """The batches of one process of a training; the index `(epoch, batch)` gives one of them.
+    """The batches of one process of a training, those of all epochs on end; an index from 0 gives one of them.
 
     In every epoch the images of all shards, in the order of the epoch, are cut into equal parts, one for each process
     and in that one for each worker of its data loader, in the middle of a shard where need be. A worker streams its
@@ -76,8 +80,8 @@ class ShardBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return -(-self.images // self.batch_size)
 
-    def __getitem__(self, index: tuple[int, int]) -> Batch:
-        epoch, batch = index
+    def __getitem__(self, index: int) -> Batch:
+        epoch, batch = divmod(index, len(self))
         worker = get_worker_info()
         workers = 1 if worker is None else worker.num_workers
         part = (epoch, batch % workers)
@@ -88,7 +92,7 @@ class ShardBatches(Dataset[Batch]):
         for _ in range(self._next, batch + 1, workers):
             samples = next(self._stream)
         self._next = batch + workers
-        with repeatable(self.seed, self.rank, *index):
+        with repeatable(self.seed, self.rank, index):
             images = torch.stack([self.transform(_image(sample)) for sample in samples])
         return images, torch.tensor([int(sample["cls"]) for sample in samples])
 
@@ -134,15 +138,19 @@ def _image(sample: dict[str, Any]) -> Image.Image:
     return read_image(io.BytesIO(sample[suffix]), f"{sample['__url__']}: {sample['__key__']}.{suffix}")
 
 
-class EpochAndBatch(DistributedSampler[tuple[int, int]]):
-    """The indices of `ShardBatches`.
+class ShardLoader(EpochLoader):
+    """Its processes stream a part of the epoch each, so that as many have to go on with one as have begun it."""
 
-    Lightning tells a sampler of this kind the epoch, and does not put another in its place: every process has batches
-    of its own already.
-    """
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the epoch, and in how many parts it is streamed."""
+        return super().state_dict() | {"parts": max(self.num_workers, 1)}
 
-    def __init__(self, batches: ShardBatches) -> None:
-        super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, batch) for batch in range(len(self))])
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next epoch begin there, with as many processes."""
+        super().load_state_dict(state)
+        if state["parts"] != max(self.num_workers, 1):
+            log.warning(
+                "num_workers=%d, as in the training that is gone on with, and not %d: they read a part each",
+                *(state["parts"], self.num_workers),
+            )
+            self.num_workers, self.prefetch_factor = state["parts"], self.prefetch_factor or 2

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from revnet.data.datasets import Batch
+from revnet.data.epochs import Places
 from revnet.data.image_files import ImageFiles
 from revnet.data.normalize import Normalize
-from revnet.data.shard_batches import EpochAndBatch, ShardBatches
+from revnet.data.shard_batches import ShardBatches, ShardLoader
 from revnet.data.shard_index import ShardIndex, need_webdataset
 
 __all__ = ["ShardedImages"]
@@ -90,7 +91,7 @@ class ShardedImages(ImageFiles):
         self.num_workers = self.workers(batches["train"])
         # The images were shuffled when they were written: the first ones are a sample.
         measured = ShardBatches(self.root, train, self.plain(), 256)
-        sample = ((0, batch) for batch in range(min(8, len(measured))))
+        sample = range(min(8, len(measured)))
         self.normalize = Normalize.named(self.normalization, (measured[index][0] for index in sample))
         self.splits = batches
 
@@ -101,10 +102,13 @@ class ShardedImages(ImageFiles):
                 f"batch_size={self.batch_size} is more than each device's share of the training images in {self.root}: "
                 "give less"
             )
-        return self._loader("train")
+        return self._loader(self.splits["train"])
 
-    def _loader(self, split: str, **options: Any) -> DataLoader[Batch]:
-        sampler = EpochAndBatch(self.splits[split])
+    def _loader(
+        self, images: Dataset[Batch], kind: type[DataLoader[Batch]] = ShardLoader, **options: Any
+    ) -> DataLoader[Batch]:
+        # Lightning puts no other in the place of such a sampler: every process has batches of its own already.
+        places = Places(images, num_replicas=1, rank=0, shuffle=False)
         if self.trainer is not None:  # see `ImageDataModule.train_dataloader`
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return super()._loader(split, batch_size=None, sampler=sampler, **options)
+            places.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        return super()._loader(images, kind, batch_size=None, sampler=places, **options)

@@ -242,6 +242,7 @@ def test_an_epoch_that_is_interrupted_goes_on_with_the_same_crops(tmp_path, skip
         whole = [images for images, _ in iterator]
         assert len(whole) == 4
         torch.rand(3)  # the random numbers of the process do not matter
+        data.num_workers = 2 - num_workers
         resumed = data.train_dataloader()
         resumed.load_state_dict(state)
         for one, other in zip(whole, (images for images, _ in resumed), strict=True):

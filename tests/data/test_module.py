@@ -1,12 +1,17 @@
+from unittest.mock import Mock
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from revnet.data import Digits, Fake, ImageDataModule
+from revnet.training import Continuation
 
 # Without a validation split Lightning says that it has nothing to validate on.
 NO_VALIDATION = "ignore:Total length of `list` across ranks is zero"
+# Python warns of processes that are forked from one with threads, as torch's data loader does.
+FORK = "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
 
 
 class Linear(pl.LightningModule):
@@ -199,3 +204,57 @@ def test_a_batch_of_more_than_all_images_is_refused():
 def test_the_normalisation_of_colours_needs_three_channels():
     with pytest.raises(ValueError, match="normalization='imagenet' is for 3 channels, the images have 1"):
         Fake(image_shape=(1, 4, 4), normalization="imagenet")
+
+
+class Save(pl.Callback):
+    """Saves after some batch."""
+
+    def __init__(self, path, batch):
+        self.path = path
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+class Scheduled(Linear):
+    """Asks for the number of steps, as one does who schedules the rate."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 12
+        return super().configure_optimizers()
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION, FORK)
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 1), (1, 0), (1, 2)])
+def test_a_training_goes_on_with_any_number_of_processes(tmp_path, before, after):
+    path = tmp_path / "some.ckpt"
+
+    def run(num_workers, *callbacks, ckpt_path=None):
+        pl.seed_everything(5, verbose=False)
+        data = Fake((1, 2, 2), train_size=60, batch_size=10, val_fraction=0, num_workers=num_workers)
+        model = Scheduled(data)
+        trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[Continuation(), *callbacks])
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return model.fed["train"]
+
+    whole = run(before, Save(path, 9))
+    assert len(whole) == 12
+    assert torch.equal(torch.stack(run(after, ckpt_path=path)), torch.stack(whole[9:]))
+
+
+def test_what_a_batch_holds_is_known_without_the_other_processes():
+    data = Fake((1, 2, 2), train_size=50, batch_size=5)
+    data.setup()
+    torch.manual_seed(1)
+    seed = torch.initial_seed()
+    strategy = Mock(root_device=torch.device("cpu"), broadcast=Mock(return_value=seed))
+    data.trainer = Mock(world_size=2, global_rank=1, strategy=strategy)
+    data.trainer.fit_loop.epoch_progress.current.processed = 3
+    images = [images for images, _ in data.train_dataloader()]
+    assert strategy.broadcast.call_count == 1
+    torch.manual_seed(2)  # the processes draw numbers of their own
+    held = data.batch_indices(epoch=3, batch=2)
+    assert torch.equal(data.load()[0].images[held], images[2])
+    assert strategy.broadcast.call_count == 1

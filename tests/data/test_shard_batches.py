@@ -2,19 +2,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.transforms import v2
 
 from revnet.data import ShardBatches, ShardIndex, write_shards
 from revnet.data.datasets import whole_batch
-from revnet.data.shard_batches import EpochAndBatch
+from revnet.data.epochs import Places
+from revnet.data.shard_batches import ShardLoader
 from tests.data.folders import fill
 
 # Python warns of processes that are forked from one with threads, as torch's data loader does.
 FORK = "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
-VITAL = "ignore:'set_vital' is deprecated"  # torchdata's loader
-pytestmark = [pytest.mark.filterwarnings(FORK), pytest.mark.filterwarnings(VITAL)]
+pytestmark = pytest.mark.filterwarnings(FORK)
 COUNT = 47
 
 
@@ -31,10 +29,11 @@ def make(directory, batch_size=3, transform=None, **options):
     return ShardBatches(directory, shards, transform or v2.PILToTensor(), batch_size, buffer=8, **options)
 
 
-def load(batches, num_workers=0, epoch=0, kind=DataLoader):
-    sampler = EpochAndBatch(batches)
+def load(batches, num_workers=0, epoch=0, **options):
+    sampler = Places(batches, 1, 0, shuffle=False)
     sampler.set_epoch(epoch)
-    return kind(batches, batch_size=None, sampler=sampler, num_workers=num_workers, collate_fn=whole_batch)
+    options |= {"sampler": sampler, "num_workers": num_workers, "collate_fn": whole_batch}
+    return ShardLoader(batches, batch_size=None, **options)
 
 
 def names(loader):
@@ -83,32 +82,36 @@ def test_the_order_is_of_the_seed_and_the_epoch(directory):
     assert sum(abs(one - other) == 1 for one, other in pairwise(places)) < 10
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_that_is_interrupted_goes_on_with_the_next_batch(directory, num_workers):
-    def loader():
-        varied = v2.Compose([v2.RandomResizedCrop(8), v2.PILToTensor()])
-        return load(make(directory, training=True, transform=varied), num_workers, epoch=4, kind=StatefulDataLoader)
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1), (2, 0)])
+def test_an_epoch_that_is_interrupted_goes_on_with_the_next_batch(directory, before, after, caplog):
+    """With as many processes as have begun it: each reads a part of it."""
 
-    whole = names(loader())
-    interrupted = loader()
+    def loader(num_workers):
+        varied = v2.Compose([v2.RandomResizedCrop(8), v2.PILToTensor()])
+        options = {"persistent_workers": num_workers > 0}
+        return load(make(directory, training=True, transform=varied), num_workers, epoch=4, **options)
+
+    whole = names(loader(before))
+    interrupted = loader(before)
     iterator = iter(interrupted)
     for _ in range(4):
         next(iterator)
     state = interrupted.state_dict()
     del iterator
     torch.rand(5)  # the random numbers of the process do not matter
-    resumed = loader()
+    resumed = loader(after)
     resumed.load_state_dict(state)
     assert names(resumed) == whole[4:]
+    assert resumed.state_dict() == {"batches": 0, "parts": max(before, 1)}
+    said = f"num_workers={before}, as in the training that is gone on with, and not {after}: they read a part each"
+    assert caplog.messages == ([] if max(before, 1) == max(after, 1) else [said])
 
 
 def test_workers_that_persist_learn_of_the_epoch(directory):
-    sampler = EpochAndBatch(batches := make(directory, training=True))
-    loader = DataLoader(
-        batches, batch_size=None, sampler=sampler, num_workers=1, persistent_workers=True, collate_fn=whole_batch
-    )
+    batches = make(directory, training=True)
+    loader = load(batches, num_workers=1, persistent_workers=True)
     first = names(loader)
-    sampler.set_epoch(1)
+    loader.sampler.set_epoch(1)
     second = names(loader)
     assert sorted(flat(first)) != flat(first) != flat(second)
     assert second == names(load(batches, num_workers=1, epoch=1))
