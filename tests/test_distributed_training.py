@@ -17,6 +17,7 @@ from torch import nn
 from revnet import evaluate, train
 from revnet.reversible import Merge, ReversibleBlock, ReversibleSequence, Split
 from tests.commands import invoke
+from tests.test_faults import differences
 
 SECONDS = 120
 OPTIONS = (  # a batch is the whole data set, in any order
@@ -35,6 +36,13 @@ def network(num_classes: int, activations: str, exact: bool | None) -> nn.Module
     blocks = [ReversibleBlock(branch(), branch()) for _ in range(3)]
     sequence = ReversibleSequence([Split(), *blocks, Merge()], activations, exact)
     return nn.Sequential(nn.Conv2d(3, 8, 3), sequence, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
+
+class NotANumber(nn.CrossEntropyLoss):
+    """A loss that is nan in process 1."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().forward(logits, labels) * (float("nan") if os.environ["RANK"] == "1" else 1)
 
 
 def environment(**variables: Any) -> dict[str, str]:
@@ -132,6 +140,36 @@ def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(t
     run = torchrun(tmp_path, *more)
     assert run.returncode == 0, run.stderr
     assert torch.load(checkpoint, weights_only=True)["global_step"] == before["global_step"] + 2
+
+
+def test_a_run_of_two_processes_that_is_told_to_stop_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    augmented = ("data.train_size=224", "data.padding=2", "data.flip=true", "trainer.max_epochs=2")  # seven batches
+    options = ("trainer=ddp", "trainer.accumulate_grad_batches=2", *augmented)
+    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:3,signal:SIGTERM}"
+    assert torchrun(tmp_path, *options, "run_dir=whole").returncode == 0
+    assert torchrun(tmp_path, *options, "run_dir=part", fault).returncode != 0
+    whole, part = (tmp_path / name / "checkpoints/last.ckpt" for name in ("whole", "part"))
+    stopped = torch.load(part, weights_only=True)
+    assert stopped["global_step"] == 1
+    first, second = stopped["continuation"]["processes"]
+    assert first["gradients"].keys() == second["gradients"].keys() != set()
+    assert not torch.equal(first["random"]["torch"], second["random"]["torch"])
+    resumed = torchrun(tmp_path, *options, "run_dir=part", "ckpt_path=last", "callbacks.fault=null")
+    assert resumed.returncode == 0, resumed.stderr
+    expected, found = (torch.load(path, weights_only=True) for path in (whole, part))
+    for key in ("global_step", "state_dict", "optimizer_states"):
+        assert differences(expected[key], found[key]) == []
+    for key in ("processes", "metrics"):
+        assert differences(expected["continuation"][key], found["continuation"][key]) == []
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_told_by_it(tmp_path: Path) -> None:
+    loss = ("task.loss._target_=tests.test_distributed_training.NotANumber", "trainer.strategy.timeout.minutes=1")
+    run = torchrun(tmp_path, "trainer=ddp", *loss, "run_dir=here")
+    assert run.returncode == 1
+    assert any(
+        re.search(r"process 1\): the loss is nan at step 1 .*training images [\d, ]+ and", line) for line in said(run)
+    )
 
 
 def test_synchronised_batch_normalisation_on_a_cpu_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -249,14 +249,26 @@ def test_a_training_that_is_told_to_stop_while_it_validates_goes_on_to_the_same_
     assert differences(expected, outcome(tmp_path / "run")) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "said"), [("SIGTERM", 143, "stopped by SIGTERM"), ("SIGINT", 130, "interrupted")]
+)
 def test_a_test_that_is_told_to_stop_leaves_the_training_as_it_ended(
-    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+    name: str,
+    status: int,
+    said: str,
+    undisturbed: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     expected = undisturbed()
     capsys.readouterr()
-    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:1,signal:SIGTERM,stage:test}"
-    assert train(tmp_path / "run", *TRAINING, fault) == 143
-    assert capsys.readouterr().err.splitlines() == ["revnet-train: stopped by SIGTERM"]
+    fault = f"+callbacks.fault={{_target_:tests.test_faults.Fault,batch:1,signal:{name},stage:test}}"
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert train(tmp_path / "run", *TRAINING, fault) == status
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from the first one on
+    assert capsys.readouterr().err.splitlines()[-1] == f"revnet-train: {said}"
     assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
     assert differences(expected, outcome(tmp_path / "run")) == []
 
