@@ -6,12 +6,17 @@ import os
 
 __all__ = ["rank", "agree"]
 
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's, Lightning's for the processes that it starts
-
 
 def rank() -> int:
     """The number of this process, 0 for the first and for a process alone."""
-    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
+    slurm, own = "SLURM_PROCID", "LOCAL_RANK"  # own: Lightning's, for the processes that it starts
+    names = ("RANK", slurm, own) if _started_by_slurm() else ("RANK", own, slurm)  # RANK: torchrun's
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def _started_by_slurm() -> bool:
+    """Whether Lightning takes the processes for Slurm's; in an interactive shell there it starts them itself."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def agree(directory: str) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning_fabric.plugins.environments import SLURMEnvironment
 
 from revnet.cli import compose
+from revnet.processes import _started_by_slurm, rank
 
 TINY = (
     *("data=fake", "data.image_shape=[3,8,8]", "trainer=cpu", "threads=1", "debug=fast"),
@@ -63,3 +65,31 @@ def test_the_trainer_takes_its_devices_from_torchrun(trainer: str, monkeypatch: 
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
     composed = compose("train", f"trainer={trainer}").trainer
     assert (composed.num_nodes, composed.devices) == (3, 8)
+
+
+SHELL = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "SLURM_PROCID": "0"}  # of `srun --pty bash`
+TASK = {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "5", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "number"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, 5),
+        (TASK, 5),
+        (SHELL, 0),
+        (SHELL | {"LOCAL_RANK": "1"}, 1),
+        (SHELL | {"RANK": "3", "LOCAL_RANK": "1"}, 3),
+        (TASK | {"SLURM_JOB_NAME": "interactive"}, 1),
+    ],
+)
+def test_every_launcher_numbers_the_processes(
+    variables: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert rank() == number
+    assert _started_by_slurm() == SLURMEnvironment.detect()
