@@ -57,7 +57,7 @@ class InWorker(Dataset):
 
 
 def test_what_the_package_refuses_is_a_mistake() -> None:
-    assert mistake(raised(read_checkpoint, "nowhere.ckpt")) == "ckpt_path=nowhere.ckpt: no such file"
+    assert str(mistake(raised(read_checkpoint, "nowhere.ckpt"))).startswith("ckpt_path=nowhere.ckpt: no such file; ")
     assert str(mistake(raised(split_three_channels))).startswith("cannot split 3 channels")
 
 
@@ -78,7 +78,7 @@ def test_a_mistake_is_known_in_a_worker_of_a_data_loader() -> None:
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ({"_target_": "revnet.training.read_checkpoint", "path": "a.ckpt"}, "ckpt_path=a.ckpt: no such file"),
+        ({"_target_": "revnet.training.read_checkpoint", "path": "a.ckpt"}, r"ckpt_path=a.ckpt: no such file; .*"),
         ({"_target_": "torch.nn.Linear", "width": 3}, r"torch.nn.*Linear: .* unexpected keyword argument 'width'"),
         ({"_target_": "torch.nn.Linaer"}, r"torch.nn.Linaer: .*"),
         ({"_target_": "pytorch_lightning.Trainer", "accelerator": "abacus"}, r".*abacus.*"),
@@ -170,7 +170,11 @@ def test_a_mistake_in_the_job_is_one_line(capsys: pytest.CaptureFixture) -> None
     ("argument", "line"),
     [
         ("trainer.max_epochs=many", "give a value of type int or null"),
-        ("trainer.benchmark=maybe", "give a value of type bool or null"),
+        ("trainer.benchmark=maybe", r"give a value of type bool \(true or false\) or null"),
+        ("trainer.deterministic=no", r"give a value of type bool \(true or false\) or 'warn' or null"),
+        ("task.channels_last=no", r"give a value of type bool \(true or false\)"),
+        ("compile=off", r"give a value of type bool \(true or false\)"),
+        ("model.exact=no", r"give a value of type bool \(true or false\) or null"),
         ("optimizer.lr=", "give a value of type float or Tensor"),
         ("task.loss.label_smoothing=x", "give a value of type float"),
         (
@@ -186,8 +190,26 @@ def test_what_a_target_cannot_take_is_one_line(argument: str, line: str, capsys:
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", ["data=cifar10", "data.flip=no"]),
+        ("train", ["data=imagenet_shards", "data.trivial_augment=off"]),
+        ("train", ["logger=wandb", "logger.wandb.offline=yes"]),
+        ("shards", ["skip_unreadable=no"]),
+        ("profile", ["channels_last=no"]),
+        ("profile", ["compile=yes"]),
+    ],
+)
+def test_text_is_no_truth_for_any_command(name: str, arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert invoke(command(name)(lambda cfg: pytest.fail("the job was started")), *arguments) == 1
+    (only,) = lines(capsys.readouterr().err)
+    assert only == f"revnet-{name}: {arguments[-1]}: give a value of type bool (true or false)"
+
+
+@pytest.mark.parametrize(
     "argument",
     [
+        *("compile=true", "compile=null", "trainer.deterministic=warn", "model.activations=store"),
         *("trainer.precision=bf16-mixed", "trainer.devices=auto", "trainer.max_epochs=null", "trainer.max_epochs=3"),
         *("data.normalization=symmetric", "run_dir=elsewhere", "+model.nothing=3", "model=resnet32", "optimizer.lr=1"),
     ],
