@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ class KeepRuns(Callback):
             resume = ", or go on with the run there: ckpt_path=last" if there else ""
             self._refuse(config, directory, f"choose another run_dir{resume}")
         elif config.hydra.output_subdir is not None:
-            earlier = len(list(directory.glob(f"{config.hydra.output_subdir}*")))
+            earlier = _records(directory, config.hydra.output_subdir)
             with read_write(config.hydra):
-                config.hydra.output_subdir += f"_{earlier}" if earlier else ""
+                config.hydra.output_subdir += f"_{max(earlier) + 1}" if earlier else ""
         agree(str(directory))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -59,7 +60,8 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
 
     With `ckpt_path=last` and `run_dir=PATH` among them, the overrides in the newest record of PATH (`.hydra`, or
     `.hydra_N` of a run that was resumed before) come first, so that they hold again, and those given now on top of
-    them. Any other arguments are returned as they are.
+    them. The checkpoint is that which the run itself was to go on from where it has not come to one of its own. Any
+    other arguments are returned as they are.
 
     Raises:
         ValueError: there is no such record, or the directory is not given.
@@ -69,11 +71,24 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
     given = [argument for argument in arguments if argument.startswith("run_dir=")]
     if not given:
         raise ValueError("ckpt_path=last goes on with one run, so its directory is needed: run_dir=runs/NAME/DATE")
-    directory = Path(str(OverridesParser.create().parse_override(given[-1]).value()))
-    records = [*directory.glob(".hydra/overrides.yaml"), *directory.glob(".hydra_*/overrides.yaml")]
+    parse = OverridesParser.create().parse_override
+    directory = Path(str(parse(given[-1]).value()))
+    records = {
+        number: record / "overrides.yaml"
+        for number, record in _records(directory, ".hydra").items()
+        if (record / "overrides.yaml").is_file()
+    }
     if not records:
         raise ValueError(f"{given[-1]}: no run was started there (it has no .hydra/overrides.yaml)")
-    newest = max(records, key=lambda record: int(record.parent.name.partition("_")[2] or 0))
+    saved = [str(override) for override in OmegaConf.load(records[max(records)])]
     again = {argument.partition("=")[0] for argument in arguments}
-    saved = [str(override) for override in OmegaConf.load(newest)]
+    origin = [override for override in saved if override.startswith("ckpt_path=") and parse(override).value()]
+    if origin and not any(directory.glob("checkpoints/*.ckpt")):
+        arguments = [origin[-1] if argument == "ckpt_path=last" else argument for argument in arguments]
     return [*(override for override in saved if override.partition("=")[0] not in again), *arguments]
+
+
+def _records(directory: Path, name: str) -> dict[int, Path]:
+    """The directories `name`, `name_1`, `name_2` and so on that are there, by their numbers."""
+    found = {path: re.fullmatch(rf"{re.escape(name)}(?:_(\d+))?", path.name) for path in directory.glob(f"{name}*")}
+    return {int(match[1] or 0): path for path, match in found.items() if match is not None}

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from revnet.cli import command, compose
 from revnet.mistakes import leave, mistake
 from revnet.reversible import split_halves
+from revnet.run_directory import with_saved_overrides
 from revnet.training import read_checkpoint
 from tests.commands import invoke
 
@@ -329,6 +330,38 @@ def test_resuming_goes_on_in_a_directory_and_keeps_what_is_there(tmp_path: Path)
     assert after.items() >= before.items()
     assert OmegaConf.load("mine/.hydra_1/config.yaml").seed == 1
     assert OmegaConf.load("mine/.hydra_2/config.yaml").seed == 2
+
+
+def record(name: str, *overrides: str) -> None:
+    directory = Path("mine", name)
+    directory.mkdir(parents=True)
+    OmegaConf.save(list(overrides), directory / "overrides.yaml")
+
+
+LAST = ["run_dir=mine", "ckpt_path=last"]
+
+
+def test_a_copy_beside_the_records_of_a_run_is_none_of_them() -> None:
+    record(".hydra", "seed=1", "run_dir=mine")
+    record(".hydra_3", "seed=3", "run_dir=mine")
+    record(".hydra_backup", "seed=9")
+    assert with_saved_overrides(LAST) == ["seed=3", *LAST]
+    assert invoke(command("train")(lambda cfg: None), "run_dir=mine", "ckpt_path=other.ckpt") == 0
+    assert OmegaConf.load("mine/.hydra_4/config.yaml").ckpt_path == "other.ckpt"
+
+
+@pytest.mark.parametrize("saved", [[], ["ckpt_path=null"], ["ckpt_path=last"]])
+def test_a_run_without_a_checkpoint_begins_anew(saved: list[str]) -> None:
+    record(".hydra", *saved, "seed=1")
+    assert with_saved_overrides(LAST) == ["seed=1", *LAST]
+
+
+def test_a_run_without_a_checkpoint_of_its_own_begins_where_it_was_to() -> None:
+    record(".hydra", "run_dir=mine", "ckpt_path=old/other.ckpt", "seed=1")
+    assert with_saved_overrides([*LAST, "seed=2"]) == ["run_dir=mine", "ckpt_path=old/other.ckpt", "seed=2"]
+    Path("mine/checkpoints").mkdir()
+    Path("mine/checkpoints/last.ckpt").touch()
+    assert with_saved_overrides(LAST) == ["seed=1", *LAST]
 
 
 def test_other_processes_of_a_distributed_run_may_join_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
