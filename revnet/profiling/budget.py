@@ -64,7 +64,8 @@ def max_batch(
         dtype, optimizer, loss: as for `estimate`.
 
     Raises:
-        ValueError: not even a batch of 1 fits.
+        ValueError: not even a batch of 1 fits (of 2 where the network refuses 1, as batch normalisation of single
+            values does), or `estimate` refuses model or shape.
 
     Example:
         >>> from revnet.models import revnet38
@@ -77,15 +78,23 @@ def max_batch(
     def total(batch: int) -> int:
         return estimate(model, (batch, *shape), dtype, optimizer, loss).total
 
-    least = total(1)
-    if least > available:
+    def first() -> tuple[int, int]:
+        try:
+            return 1, total(1)
+        except ValueError as refusal:
+            try:
+                return 2, total(2)
+            except ValueError:
+                raise refusal from refusal.__cause__
+
+    before, fits = (0, 0), first()
+    if fits[1] > available:
         raise ValueError(
-            f"budget={budget!r} is too small: a batch of 1 takes {least:,} bytes; give at least that much, or "
-            f"choose a smaller model or input"
+            f"budget={budget!r} is too small: a batch of {fits[0]} takes {fits[1]:,} bytes; give at least that much, "
+            f"or choose a smaller model or input"
         )
     # Memory grows with the batch, nearly along straight lines: a line through two batches tells where to look next,
     # and now and then the middle is tried, so that the search ends soon for any curve.
-    before, fits = (0, 0), (1, least)
     exceeds: tuple[int, int] | None = None
     turn = 0
     while exceeds is None or exceeds[0] - fits[0] > 1:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from revnet.models import get_model
@@ -45,6 +46,23 @@ def test_it_takes_few_estimates(monkeypatch):
     reconstructed = max_batch(get_model("revnet38"), "300MB", (3, 32, 32))
     assert len(tried) <= 8
     assert reconstructed > 3 * max_batch(get_model("revnet38", activations="store"), "300MB", (3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)), (8,)),
+        (torchvision.models.resnet18(num_classes=10), (3, 32, 32)),  # its last normalisation sees 1x1 maps
+    ],
+    ids=["mlp", "resnet18"],
+)
+def test_the_search_begins_at_two_where_the_network_refuses_one(network, shape):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        estimate(network, (1, *shape))
+    two, four = (estimate(network, (batch, *shape)).total for batch in (2, 4))
+    assert [max_batch(network, budget, shape) for budget in (two, four - 1, four)] == [2, 3, 4]
+    with pytest.raises(ValueError, match=f"is too small: a batch of 2 takes {two:,} bytes"):
+        max_batch(network, two - 1, shape)
 
 
 def test_the_least_budget_is_told():
