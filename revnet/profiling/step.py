@@ -75,13 +75,8 @@ def check_device(model: nn.Module, input: Tensor) -> None:
 @contextmanager
 def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Gives back parameters, buffers and random generators as they were; gradients are cleared before and after."""
-    parameters = [(p, p.detach().clone()) for p in model.parameters()]
-    buffers = [
-        (module._buffers, name, b, b.clone())
-        for module in model.modules()
-        for name, b in module._buffers.items()
-        if b is not None
-    ]
+    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     devices, kind = ([], "cuda") if device.type in ("cpu", "meta") else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         model.zero_grad()
@@ -90,7 +85,8 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             model.zero_grad()
             with torch.no_grad():
-                for parameter, value in parameters:
-                    parameter.copy_(value)
-                for slots, name, buffer, value in buffers:
-                    slots[name] = buffer.copy_(value)
+                for tensor, value in values:
+                    tensor.copy_(value)
+                for slots, before in buffers:
+                    slots.clear()
+                    slots.update(before)

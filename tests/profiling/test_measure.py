@@ -47,6 +47,31 @@ def test_the_model_and_the_random_generator_are_left_as_they_were(take):
     assert all(p.grad is None for p in network.parameters())
 
 
+class Remembers(nn.Linear):
+    """Fills one buffer, replaces a second, adds a third and drops a fourth."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        for name, value in (("filled", None), ("replaced", torch.zeros(8)), ("dropped", torch.ones(8))):
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        self.filled, self.replaced = x.detach().mean(0), self.replaced + 1
+        self.register_buffer("added", x.detach())
+        self._buffers.pop("dropped", None)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("take", [measure_memory, measure_time, partial(measure, repeats=1)])
+def test_buffers_are_left_as_they_were(take):
+    network = Remembers()
+    before = {name: id(buffer) for name, buffer in network._buffers.items()}
+    take(network, torch.randn(4, 8))
+    assert {name: id(buffer) for name, buffer in network._buffers.items()} == before
+    assert network.filled is None
+    assert network.replaced.equal(torch.zeros(8))
+
+
 def test_time_is_the_median_with_quartiles():
     time = measure_time(nn.Linear(10, 10), torch.randn(4, 10), optimizer=SGD, repeats=7)
     low, high = time.step_quartiles
