@@ -33,14 +33,17 @@ def profile(cfg: DictConfig) -> dict[str, Any]:
         `status`, which is "ok" or "failed"; the `reason` of a failure, in one line; else the figures of the mode, see
         `revnet.profile_cell.profile_cell`; what the process wrote to `stderr`.
     """
-    child = subprocess.run(
-        [sys.executable, "-m", "revnet.profile_cell"],
-        input=json.dumps(OmegaConf.to_container(cfg, resolve=True)),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **KEEP_FREED_MEMORY},
-        start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the other
-    )
+    theirs, ours = os.pipe()  # ours closes with this process, however it ends, and the other then ends itself
+    with os.fdopen(theirs), os.fdopen(ours, "w"):
+        child = subprocess.run(
+            [sys.executable, "-m", "revnet.profile_cell", str(theirs)],
+            input=json.dumps(OmegaConf.to_container(cfg, resolve=True)),
+            capture_output=True,
+            text=True,
+            env={**os.environ, **KEEP_FREED_MEMORY},
+            pass_fds=[theirs],
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the other
+        )
     if child.returncode == -signal.SIGKILL:
         result = _failed("killed, most likely because memory ran out: a smaller batch_size, or mode=estimate")
     elif child.returncode < 0:

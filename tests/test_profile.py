@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -220,6 +222,23 @@ def test_an_interrupted_sweep_keeps_what_was_measured(tmp_path: Path) -> None:
     (only,) = read("sweep/results.json")
     assert only["overrides"]["model"] == "revnet38"
     assert "revnet38" in (tmp_path / "sweep/report.html").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_runs_on_once_the_command_has_ended(number: signal.Signals, tmp_path: Path) -> None:
+    os.mkfifo("alive")
+    code = "import time\nalive = open('alive', 'w')\nprint('begun', file=alive, flush=True)\ntime.sleep(100)\n"
+    (tmp_path / "busy.py").write_text(code)
+    (tmp_path / "mine/model/busy.yaml").write_text("_target_: busy.Network\n")
+    command = [sys.executable, "-m", "revnet.profile", "--config-dir", "mine", "model=busy", "run_dir=here"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(os.open("alive", os.O_RDONLY | os.O_NONBLOCK)) as alive:
+        assert select.select([alive], [], [], 120)[0], parent.communicate(timeout=1)
+        assert alive.readline() == "begun\n"
+        parent.send_signal(number)
+        parent.communicate(timeout=30)
+        assert select.select([alive], [], [], 30)[0]
+        assert alive.read() == ""  # it closes with the process that measures
 
 
 def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture) -> None:
