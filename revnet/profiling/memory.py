@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from revnet.profiling.allocator import Allocator
 from revnet.profiling.step import Loss, MakeOptimizer, build_optimizer, loss_of
-from revnet.profiling.timeline import MemoryTimeline
+from revnet.profiling.timeline import MemoryTimeline, storages
 
 __all__ = ["Memory", "memory_of_step"]
 
@@ -102,4 +102,4 @@ def memory_of_step(
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages of the tensors, each once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage._cdata: storage.nbytes() for t in tensors for storage in storages(t)}.values())

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["MemoryTimeline"]
+__all__ = ["MemoryTimeline", "storages"]
+
+
+def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Where the data of a tensor is: indices and values for a sparse one."""
+    parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+    return [part.untyped_storage() for part in parts]
 
 
 class MemoryTimeline(TorchDispatchMode):
@@ -48,11 +54,12 @@ class MemoryTimeline(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor, counts: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._numbers:
-            return
-        number = None
+        for storage in storages(tensor):
+            if storage._cdata not in self._numbers:
+                self._note(storage, counts)
+
+    def _note(self, storage: torch.UntypedStorage, counts: bool) -> None:
+        key, number = storage._cdata, None
         if counts:
             number, size = len(self._sizes), storage.nbytes()
             self._sizes.append(size)
@@ -107,5 +114,5 @@ class MemoryTimeline(TorchDispatchMode):
 
     def numbers_of(self, tensors: Iterable[Tensor]) -> set[int | None]:
         """The numbers of the storages of tensors; None for one that does not count."""
-        keys = [t.untyped_storage()._cdata for t in tensors]
+        keys = [storage._cdata for t in tensors for storage in storages(t)]
         return {self._numbers[key][0] for key in keys if key in self._numbers}

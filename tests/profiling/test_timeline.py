@@ -20,6 +20,18 @@ def test_timeline_counts_births_and_deaths():
     assert timeline.bytes_over_time() == [4000, 8000, 4000]
 
 
+def test_a_sparse_tensor_takes_its_indices_and_its_values():
+    dense = torch.eye(100)
+    with MemoryTimeline([dense]) as timeline:
+        sparse = dense.to_sparse()
+        moment = timeline.now()
+    assert timeline.live(moment) == 100 * (2 * 8 + 4)
+    assert timeline.live(moment, without=[sparse]) == 0
+    with MemoryTimeline([sparse]) as timeline:
+        sparse.coalesce()
+    assert timeline.peak() == 0
+
+
 def test_peaks_between_moments_and_their_parts():
     x = torch.zeros(1000)
     with MemoryTimeline([x]) as timeline:
