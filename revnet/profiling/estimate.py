@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from revnet.profiling.memory import Memory, memory_of_step
+from revnet.profiling.operators import TrueSizes, UnknownSize
 from revnet.profiling.step import Loss, MakeOptimizer, mean_square
 
 __all__ = ["checked_shape", "estimate", "fake_copy", "without_data"]
@@ -34,15 +36,20 @@ def estimate(
     The step runs on tensors without data (torch's `FakeTensorMode`), so that it takes seconds whatever the size. What
     an operator allocates and frees inside itself (a convolution's workspace) is not in it.
 
+    Do not use it for recurrent layers that a library computes (`nn.LSTM` on a CPU; `nn.LSTM`, `nn.GRU` and `nn.RNN` on
+    CUDA), nor for sums of sparse gradients: what these keep is known only when they run, so they are refused.
+
     Args:
-        model: any module, in the mode it is in, on the device it is on (the meta device too); it is not changed.
+        model: any module, in the mode it is in, on the device it is on; the meta device stands for a CPU. It is not
+            changed.
         input_shape: shape of a batch, the batch dimension included; the batch has the dtype of the parameters.
         dtype: None for the dtype of the parameters; torch.bfloat16 or torch.float16 for autocast to it.
         optimizer: function from parameters to an optimizer, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
         loss: function from the model's output to a scalar; the mean square by default.
 
     Raises:
-        ValueError: the model does not take inputs of this shape, or looks at the values of tensors.
+        ValueError: the model does not take inputs of this shape, looks at the values of tensors, or runs an operator
+            whose memory is known only with data.
 
     Example:
         >>> from revnet.models import revnet104
@@ -61,7 +68,7 @@ def without_data(model: nn.Module, input_shape: Sequence[int]) -> Iterator[tuple
     shape = checked_shape("input_shape", input_shape)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = fake_copy(model, mode)
-    with mode, _quiet():
+    with mode, TrueSizes(), _quiet():
         first = next((p for p in fake.parameters() if p.is_floating_point()), torch.empty(()))
         input = torch.empty(shape, dtype=first.dtype, device=first.device)
         try:
@@ -70,6 +77,11 @@ def without_data(model: nn.Module, input_shape: Sequence[int]) -> Iterator[tuple
             raise ValueError(
                 f"{type(model).__name__}, its loss or its optimizer looks at the values of tensors ({error}), which an "
                 f"estimate does not have; use measure_memory"
+            ) from error
+        except UnknownSize as error:
+            raise ValueError(
+                f"{_place(error, fake)}: how much memory {error} takes is known only when it runs with data; use "
+                f"measure_memory"
             ) from error
 
 
@@ -81,14 +93,30 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
-    """A copy whose parameters and buffers have no data."""
+    """A copy whose parameters and buffers have no data; on a CPU if the model is on the meta device."""
     mode = mode or FakeTensorMode()
+    attributes = [value for module in model.modules() for value in vars(module).values()]
     memo: dict[int, Any] = {}
     with mode:
-        for t in (*model.parameters(), *model.buffers()):
-            fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        for t in (*model.parameters(), *model.buffers(), *filter(_is_meta, attributes)):
+            # The meta device has neither autocast nor the operators of a device that computes.
+            device = "cpu" if _is_meta(t) else t.device
+            fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
             memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     return copy.deepcopy(model, memo)
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "meta"
+
+
+def _place(error: UnknownSize, model: nn.Module) -> str:
+    """Where it was raised: the innermost module, by its name in the model."""
+    running = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = {module: name for name, module in model.named_modules()}
+    innermost = next((x for x in reversed(running) if isinstance(x, nn.Module) and names.get(x)), None)
+    whole = type(model).__name__
+    return whole if innermost is None else f"{type(innermost).__name__} {names[innermost]!r} of {whole}"
 
 
 @contextmanager
@@ -126,7 +154,7 @@ class _Told(nn.Module):
     def forward(self, x: Tensor) -> Any:
         try:
             return self.model(x)
-        except _LOOKS_AT_VALUES:
+        except (*_LOOKS_AT_VALUES, UnknownSize):
             raise
         except Exception as error:
             raise ValueError(

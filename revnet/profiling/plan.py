@@ -90,8 +90,8 @@ def plan(
     Do not use it where the budget holds the whole step in any case: "store" is what it then gives.
 
     Raises:
-        ValueError: no plan keeps to the budget (the message says the least that would do), or the model has no
-            reversible sequence.
+        ValueError: no plan keeps to the budget (the message says the least that would do), the model has no reversible
+            sequence, or `estimate` refuses it.
 
     Example:
         >>> from revnet import set_activations

@@ -52,6 +52,15 @@ def test_a_model_without_data_is_estimated_at_any_size():
     assert memory.parameters == memory.gradients + 4 * 2 * 26560 + 8 * 53  # statistics and counts of 53 normalisations
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_model_without_data_is_estimated_as_on_a_cpu(dtype):
+    network = Scaled(8)
+    with torch.device("meta"):
+        without = Scaled(8)
+    assert estimate(without, (4, 8), dtype=dtype, optimizer=SGD) == estimate(network, (4, 8), dtype, SGD)
+    assert {t.device.type for t in (without.linear.weight, without.scale)} == {"meta"}
+
+
 def test_shared_and_frozen_parameters():
     network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     network[1].weight = network[0].weight
@@ -96,6 +105,16 @@ def test_mistakes_are_told(caplog):
         estimate(nn.Linear(4, 4), (2, 4), dtype=torch.float64)
     with pytest.raises(TypeError, match="optimizer must be a function from parameters"):
         estimate(nn.Linear(4, 4), (2, 4), optimizer=lambda parameters: 3)
+
+
+class Scaled(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.scale = torch.ones(width)  # neither a parameter nor a buffer
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
 
 
 class Number(nn.Module):
