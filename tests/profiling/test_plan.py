@@ -149,7 +149,7 @@ def test_an_impossible_budget_says_the_least_possible():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="Linear has no ReversibleSequence, so there is nothing to plan"):
         plan(nn.Linear(3, 3), (2, 3), "1GB")
-    with pytest.raises(ValueError, match="size must be a positive integer"):
+    with pytest.raises(ValueError, match="budget must be a positive integer"):
         plan(get_model("revnet38"), SHAPE, "1 gallon")
     with pytest.raises(ValueError, match=r"input_shape=\(4, 5, 16, 16\)"):
         plan(get_model("revnet38"), (4, 5, 16, 16), "1GB")
