@@ -28,7 +28,7 @@ LAYERS = {
     "revnet.torchvision": {"revnet.models", "torch", "torchvision"},
     "revnet.profiling": {"revnet.reversible", "torch"},
     "revnet.data": {
-        *("torch", "torchvision", "torchdata", "webdataset", "pytorch_lightning"),
+        *("torch", "torchvision", "webdataset", "pytorch_lightning"),
         *("numpy", "PIL", "rich", "sklearn"),
     },
     "revnet.training": {
