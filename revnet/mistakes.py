@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import dis
+import errno
 import inspect
 import re
 import sys
@@ -30,6 +31,7 @@ PACKAGE = Path(__file__).parent
 REFUSALS = ("hydra/_internal/utils.py", "lightning_fabric/plugins/environments/")  # of flags, of numbers of processes
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/output", "hydra/job_logging", "hydra/hydra_logging")
 LOST = r"DistBackendError|DistNetworkError|/gloo/"  # of torch.distributed, where another process does not answer
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SERVICES = ("wandb", "mlflow")  # whose errors speak of accounts, addresses and files
 SECONDS_TO_FIRST = 2  # torchrun ends the others a tenth of a second after one has failed
 
@@ -50,9 +52,9 @@ def mistake(error: BaseException) -> str | None:
     """Tell a user's mistake from an error of the program.
 
     Mistakes are what Hydra and OmegaConf refuse, values that a configured object refuses with a ValueError or
-    TypeError, errors of the file system that name a path, and every ValueError, TypeError, FileNotFoundError or
-    ModuleNotFoundError that this package raises on purpose (by a `raise` statement, in this process or in a data
-    loader's worker). So is the end of another process of a distributed run.
+    TypeError, errors of the file system that name a path, a full disk, and every ValueError, TypeError,
+    FileNotFoundError or ModuleNotFoundError that this package raises on purpose (by a `raise` statement), in this
+    process or in a data loader's worker. So is the end of another process of a distributed run.
 
     Returns:
         One line for the user, or None.
@@ -79,6 +81,8 @@ def mistake(error: BaseException) -> str | None:
         return line
     if isinstance(error, OSError) and error.filename is not None:
         return line
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{line}: make room where this command writes, or choose another disk"
     if isinstance(error, ReconstructionError):
         return (
             f"{line}; or the training diverges: a lower optimizer.lr; callbacks.drift.fall_back_above=0.1 leaves such "
@@ -88,8 +92,11 @@ def mistake(error: BaseException) -> str | None:
         return f"{line}; a training goes on from its last good checkpoint with run_dir=... ckpt_path=last"
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)) and _raised_on_purpose(error):
         return line
+    in_worker = _worker_mistake(error)
+    if in_worker is not None:
+        return in_worker
     if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
-        return _worker_mistake(str(error)) or (configured and _misfit(configured, target, line)) or None
+        return (configured and _misfit(configured, target, line)) or None
     if isinstance(error, RuntimeError) and re.search(LOST, f"{type(error).__name__} {line}"):
         return f"another process of the run has ended or hangs; go on with run_dir=... ckpt_path=last ({line[:200]})"
     if type(error).__module__.partition(".")[0] in SERVICES:
@@ -194,13 +201,17 @@ def _raised_on_purpose(error: BaseException) -> bool:
     return instruction == "RAISE_VARARGS" and ours
 
 
-def _worker_mistake(message: str) -> str | None:
+def _worker_mistake(error: BaseException) -> str | None:
     """The mistake in what a data loader says of an error in a worker: a traceback as text, the error at its end."""
+    message = str(error)
     frames = list(re.finditer(r'^  File "(.+)", line \d+, in .+\n +(.+)$', message, re.MULTILINE))
-    if not message.startswith("Caught ") or not frames:
+    if not isinstance(error, (ValueError, TypeError, OSError)) or not message.startswith("Caught ") or not frames:
         return None
     file, source = frames[-1].groups()
     text = re.search(r"^[\w.]+: (.+)", message[frames[-1].end() :], re.MULTILINE | re.DOTALL)
-    if text is None or not source.startswith("raise ") or not Path(file).is_relative_to(PACKAGE):
+    if text is None:
         return None
-    return " ".join(text[1].split())
+    line = " ".join(text[1].split())
+    names_a_path = isinstance(error, OSError) and re.match(r"\[Errno \d+\] [^:]+: '", line)
+    on_purpose = source.startswith("raise ") and Path(file).is_relative_to(PACKAGE)
+    return line if names_a_path or on_purpose else None

@@ -1,8 +1,10 @@
+import errno
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,10 @@ def convert_text(*_: Any) -> Any:
     return int("three")
 
 
+def fail_without_a_path(*_: Any) -> Any:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 class InWorker(Dataset):
     """Calls a function in the worker of a data loader."""
 
@@ -74,6 +80,15 @@ def test_a_mistake_is_known_in_a_worker_of_a_data_loader() -> None:
 
     assert str(mistake(first(split_three_channels))).startswith("cannot split 3 channels")
     assert mistake(first(convert_text)) is None
+    assert mistake(first(partial(open, "nowhere"))) == "[Errno 2] No such file or directory: 'nowhere'"
+    assert mistake(first(fail_without_a_path)) is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_mistake_though_it_names_no_path(number: int) -> None:
+    error = OSError(number, os.strerror(number))
+    assert str(mistake(error)) == f"{error}: make room where this command writes, or choose another disk"
+    assert mistake(OSError(errno.EIO, os.strerror(errno.EIO))) is None
 
 
 @pytest.mark.parametrize(

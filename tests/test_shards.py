@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import signal
 import subprocess
@@ -57,10 +59,50 @@ def test_unreadable_images_are_named_or_left_out(capsys: pytest.CaptureFixture) 
     assert "train: 8 images of 2 classes in 1 shards, 1 unreadable left out" in capsys.readouterr().out
 
 
+FORK = "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
+
+
+@pytest.mark.filterwarnings(FORK)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_full_disk_is_one_line_and_the_conversion_goes_on(
+    num_workers: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(Path("images"), {"train": 9, "val": 5})
+    options = ("root=images", "out=shards", f"num_workers={num_workers}")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name, file in ((os, "fsync", "train-000000.part"), (Path, "write_text", "finished.jsonl.part")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            assert invoke(shards.main, *options) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"revnet-shards: [Errno 28] No space left on device: 'shards/{file}'"
+    assert invoke(shards.main, *options) == 0
+
+
+@pytest.mark.filterwarnings(FORK)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_may_not_be_read_is_one_line(
+    num_workers: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(Path("images"), {"train": 9, "val": 5})
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert invoke(shards.main, "root=images", "out=shards", f"num_workers={num_workers}") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"revnet-shards: \[Errno 13\] Permission denied: 'images/train/.*png'", line)
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         (["out=shards"], r".*root.*"),
+        (["root=images", "out=shards", "seed=-1"], r"seed=-1: give .*"),
         (["root=nowhere", "out=shards"], r".*nowhere/train: no such directory; .*"),
         (["root=images", "out=shards", "shard_size=0"], r"shard_size=0: give .*"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class MNIST(ImageDataModule):
             )
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is damaged ({error}): get it again") from None
         start = 4 + 4 * dimensions
         shape = [int(size) for size in np.frombuffer(content[4:start], ">u4")]

@@ -87,6 +87,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"num_workers={num_workers}: give a whole number of processes, 0 for none")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction}: give a share from 0 (no validation) to less than 1")
+        if not isinstance(split_seed, int) or not 0 <= split_seed < 2**32:
+            raise ValueError(f"split_seed={split_seed}: give a whole number from 0 to 2**32 - 1")
         if normalization not in Normalize.NAMES:
             raise ValueError(f"normalization={normalization!r}: valid are {', '.join(Normalize.NAMES)}")
         if normalization == "imagenet" and image_shape[0] != 3:

@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,15 @@ def write_shards(
     Raises:
         FileNotFoundError: as `ImageFolder`.
         ValueError: if images cannot be read, or `out` holds shards of something else.
+        OSError: if the disk is full or a file cannot be read; started again, it goes on.
         ImportError: if webdataset is not installed.
     """
     need_webdataset()
     source, target = Path(root).expanduser(), Path(out).expanduser()
     if not isinstance(shard_size, int) or shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: give a whole number of images, at least 1")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: give a whole number from 0 to 2**32 - 1")
     if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 0):
         raise ValueError(f"num_workers={num_workers}: give a whole number of processes, 0 for none")
     classes = class_names(source / "train")
@@ -83,7 +87,7 @@ def write_shards(
     loader = DataLoader(
         _Writing(left), batch_size=None, num_workers=workers, collate_fn=whole_batch, in_order=workers == 0
     )
-    with (target / RECORD).open("a") as record:
+    with _naming(target / RECORD), (target / RECORD).open("a") as record:
         for shard in track(loader, f"Writing {len(left):,} of {len(planned):,} shards", disable=not left):
             record.write(json.dumps(vars(shard)) + "\n")
             record.flush()
@@ -100,7 +104,8 @@ def write_shards(
     for file in planned:
         splits.setdefault(file.partition("-")[0], []).append(finished[file])
     index = ShardIndex(classes, splits)
-    index.write(target)
+    with _naming(target):
+        index.write(target)
     return index
 
 
@@ -124,10 +129,11 @@ class PlannedShard:
 
         part = self.file.with_suffix(".part")
         unreadable = []
-        with part.open("wb") as stream:
+        with _naming(part), part.open("wb") as stream:
             with TarWriter(stream, encoder=False, mtime=0) as tar:
                 for number, (path, label) in enumerate(self.images):
-                    content, suffix = (self.source / path).read_bytes(), Path(path).suffix[1:].lower()
+                    with _naming(self.source / path):
+                        content, suffix = (self.source / path).read_bytes(), Path(path).suffix[1:].lower()
                     if _is_image(content):
                         tar.write({"__key__": f"{number:06d}", suffix: content, "cls": str(label).encode()})
                     else:
@@ -141,6 +147,17 @@ class PlannedShard:
         part.replace(self.file)
         count = len(self.images) - len(unreadable)
         return Shard(self.file.name, count, self.file.stat().st_size, digest.hexdigest(), unreadable)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Let an error of reading or writing, as on a full disk, name the file, as that of opening one does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _is_image(content: bytes) -> bool:
@@ -179,5 +196,6 @@ def _read_record(target: Path, conversion: dict[str, Any]) -> list[Shard]:
 
 def _write_record(target: Path, conversion: dict[str, Any], finished: Iterable[Shard]) -> None:
     part = target / f"{RECORD}.part"
-    part.write_text("".join(json.dumps(line) + "\n" for line in (conversion, *map(vars, finished))))
+    with _naming(part):
+        part.write_text("".join(json.dumps(line) + "\n" for line in (conversion, *map(vars, finished))))
     part.replace(target / RECORD)

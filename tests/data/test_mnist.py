@@ -59,3 +59,17 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     path.with_name(f"{path.name}.gz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz is damaged"):
         MNIST(tmp_path).setup()
+
+
+def test_a_compressed_file_is_damaged_wherever_it_is(tmp_path: Path) -> None:
+    written(tmp_path)
+    plain = tmp_path / "t10k-images-idx3-ubyte"
+    pixels = torch.randint(3, (10 * 28 * 28,), dtype=torch.uint8).numpy().tobytes()  # few values: they are packed
+    packed = gzip.compress(plain.read_bytes()[:16] + pixels)
+    plain.unlink()
+    for place in range(10, len(packed) - 8, max(1, len(packed) // 50)):  # between the header and the checksum
+        content = bytearray(packed)
+        content[place : place + 2] = bytes(255 - byte for byte in content[place : place + 2])
+        plain.with_name(f"{plain.name}.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged \(.*\): get it again"):
+            MNIST(tmp_path).setup()

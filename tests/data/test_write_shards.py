@@ -118,7 +118,7 @@ def test_another_conversion_is_not_written_over(tmp_path):
         write_shards(root, out, shard_size=2, num_workers=0)
 
 
-@pytest.mark.parametrize("options", [{"shard_size": 0}, {"num_workers": -1}])
+@pytest.mark.parametrize("options", [{"shard_size": 0}, {"num_workers": -1}, {"seed": -1}, {"seed": 2**32}])
 def test_an_odd_argument_is_named(tmp_path, options):
     (name,) = options
     with pytest.raises(ValueError, match=f"^{name}={options[name]}: give"):
