@@ -25,8 +25,9 @@ GRID = {torch.float32: 16, torch.float64: 32}
 _BITS = {torch.float32: 24, torch.float64: 53}
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
-# Where memory matters so many elements are rounded at a time, but never in more than so many pieces.
-PIECE, PIECES = 2**20, 16
+# Where memory matters so many elements are rounded at a time, but never in more than so many pieces. A kernel of an
+# accelerator is started at the cost of some millions of elements.
+PIECE, PIECE_ON_ACCELERATOR, PIECES = 2**20, 2**23, 16
 
 
 def range_of(dtype: torch.dtype) -> float:
@@ -70,9 +71,9 @@ def subtract_on_grid(y: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _into(out: Tensor, operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
-    pieces = min(PIECES, 1 + x.numel() // PIECE)
+    pieces = min(PIECES, 1 + x.numel() // (PIECE if x.device.type == "cpu" else PIECE_ON_ACCELERATOR))
     for some_x, some_h, some_out in zip(*(t.view(t.shape or (1,)).chunk(pieces) for t in (x, h, out)), strict=True):
-        operation(some_x, _rounded(some_h, x.dtype), out=some_out)
+        operation(some_x, _steps(some_h, x.dtype), alpha=_step(x.dtype), out=some_out)
     return out
 
 
@@ -112,16 +113,25 @@ class _OnGrid(torch.autograd.Function):
 
 
 def _combined(operation: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
-    rounded = _rounded(h, x.dtype)
+    steps = _steps(h, x.dtype)
     # Written over the rounded branch where the layout is that of x in any case: one tensor less at the peak.
-    return operation(x, rounded, out=rounded if rounded.stride() == x.stride() else None)
+    return operation(x, steps, alpha=_step(x.dtype), out=steps if steps.stride() == x.stride() else None)
+
+
+def _step(dtype: torch.dtype) -> float:
+    """A power of two, so that products with it are exact, and rounding is all that happens at any |h|."""
+    return 2.0 ** -GRID[dtype]
+
+
+def _steps(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many steps of the grid make up `h`, rounded: a new tensor."""
+    per_unit = 1 / _step(dtype)
+    scaled = h * per_unit if h.dtype == dtype else h.to(dtype).mul_(per_unit)
+    return scaled.round_()
 
 
 def _rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """The step is a power of two, so the product with it is exact, and rounding is all that happens at any |h|."""
-    steps = 2.0 ** GRID[dtype]
-    scaled = h * steps if h.dtype == dtype else h.to(dtype).mul_(steps)
-    return scaled.round_().mul_(1 / steps)
+    return _steps(h, dtype).mul_(_step(dtype))
 
 
 def checksum(state: tuple[Tensor, ...]) -> Tensor:

@@ -128,5 +128,5 @@ def test_cuda_counts_the_allocator_and_records_it(tmp_path):
     estimated = estimate(network, x.shape, optimizer=SGD)
     assert (memory.kept, memory.optimizer) == (estimated.kept, estimated.optimizer)
     assert estimated.peak <= memory.peak
-    assert estimated.total <= memory.total <= 2 * estimated.total
+    assert estimated.total <= memory.total <= estimated.total + 128e6  # workspaces of convolutions
     assert (tmp_path / "memory.pickle").stat().st_size > 0

@@ -19,14 +19,6 @@ def x():
     return torch.randn(3, 8, 4, 4, dtype=torch.float64)
 
 
-@pytest.fixture
-def _deterministic(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def trained(activations, exact, device, autocast=None, scaler=None, steps=3):
     """Parameters and buffers after a few steps of a network with dropout."""
     torch.manual_seed(2)
@@ -44,7 +36,7 @@ def trained(activations, exact, device, autocast=None, scaler=None, steps=3):
 
 
 @MODES
-@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_two_runs_are_bit_equal_under_deterministic_algorithms(activations, exact, device, autocast):
@@ -55,7 +47,7 @@ def test_two_runs_are_bit_equal_under_deterministic_algorithms(activations, exac
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("activations", VALUES[1:])
 def test_training_in_float16_with_a_gradient_scaler_is_that_of_store(activations):
     found, truth = (trained(value, True, "cuda", torch.float16, steps=10) for value in (activations, "store"))

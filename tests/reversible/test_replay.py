@@ -37,6 +37,7 @@ def random_states(device):
 @MODES
 @RANDOM
 @DEVICES
+@pytest.mark.usefixtures("deterministic")
 def test_random_branches_draw_the_same_numbers_and_leave_the_generators_as_store_does(
     activations, exact, branch, device
 ):

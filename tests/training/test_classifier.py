@@ -130,7 +130,7 @@ def test_steps_between_log_entries_do_not_wait_for_the_gpu(tmp_path: Path) -> No
         log_every_n_steps=0,
         default_root_dir=tmp_path,
     )
-    trainer.fit(Classifier(tiny_network(), SGD, constant_rate), tiny_batches(4))
+    trainer.fit(Classifier(tiny_network(), SGD, constant_rate), tiny_batches(4), tiny_batches(1))
     assert trainer.callback_metrics["train/accuracy"] >= 0
 
 

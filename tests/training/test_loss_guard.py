@@ -71,6 +71,6 @@ def test_on_a_gpu_no_step_waits_and_a_bad_loss_is_found_before_a_checkpoint(tmp_
     callbacks = [Watched(), guard, LastCheckpoint(tmp_path)]
     trainer = pl.Trainer(accelerator="gpu", devices=1, max_epochs=1, callbacks=callbacks, **quiet)
     with pytest.raises(ValueError, match=r"the loss is nan at step 3 \(epoch 0, batch 2\)"):
-        trainer.fit(module, tiny_batches(4))
+        trainer.fit(module, tiny_batches(4), tiny_batches(1))
     assert waits
     assert not list(tmp_path.glob("*.ckpt"))
