@@ -162,8 +162,10 @@ def main() -> None:
         rows.append(row)
     path = result_path(f"{options.model}_step_{options.dtype}", options.device)
     record(path, vars(options), rows, options.device)
-    show(rows, hardware(options.device)["device"])
-    draw(rows, f"{options.model}, batch {options.batch}, {options.size}x{options.size}, {options.dtype}", path)
+    device = hardware(options.device)["device"]
+    show(rows, device)
+    title = f"{options.model}, batch {options.batch}, {options.size}x{options.size}, {options.dtype}, {device}"
+    draw(rows, title, path)
     Console().print(f"Written to {path}.json and {path}.png")
 
 
@@ -185,7 +187,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     left.bar_label(left.barh(names, [row["over_store"] for row in steps]), fmt="%.2f", padding=3)
     left.axvline(limit, color="gray", linestyle="--", label="store + a forward without gradients")
-    left.set(xlabel="time of a step / store", xlim=(0, 2.2))
+    left.set(xlabel="time of a step / store", xlim=(0, 1.2 * max(row["over_store"] for row in steps)))
     left.invert_yaxis()
     labels = ["not seen" if math.isnan(peak) else f"{peak:.0f}" for peak in peaks]
     right.bar_label(right.barh(names, np.nan_to_num(peaks), color="C1"), labels, padding=3)

@@ -2,7 +2,7 @@
 
 A row of the table is `| number | promise | [name](file), ... | CUDA |`, each link that of a test function in a file. A
 test with parameters has run if it ran with any of them. One marked `gpu` need not run if the row's last cell says "not
-yet measured on CUDA", one marked `slow` need not if the row links another that ran.
+yet measured on CUDA" or "measured DATE, DEVICE", one marked `slow` need not if the row links another that ran.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = ["Row", "read_rows"]
 
 HEADING = "## What is promised, and the test of it"
 UNMEASURED = "not yet measured on CUDA"
+MEASURED = re.compile(r"measured \d{4}-\d\d-\d\d, .+")
 LINK = re.compile(r"\[([^\]]+)\]\((tests/[^)]+)\)")
 
 
@@ -113,7 +114,8 @@ class Promises:
         if seen.ran:
             return None
         if all("gpu" in marks for marks in seen.marks):
-            return None if row.cuda == UNMEASURED else f'needs a GPU, and the row does not say "{UNMEASURED}"'
+            known = row.cuda == UNMEASURED or MEASURED.fullmatch(row.cuda)
+            return None if known else f'needs a GPU, and the row says neither when it was measured nor "{UNMEASURED}"'
         if all(marks & {"gpu", "slow"} for marks in seen.marks):
             return None if another_ran else "is slow, and the row links no other test that ran"
         return "was not run, or every run of it was skipped"
