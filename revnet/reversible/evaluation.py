@@ -36,6 +36,7 @@ _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
 )
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, _InstanceNorm.forward)
 
 
@@ -159,7 +160,15 @@ class Evaluation:
             earlier |= {(id(owner), name): value for owner, name, value in self.buffers}
             copies: dict[int, Tensor] = {}  # a buffer in several places stays one
             for owner in self.owners:
+                # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
+                # them; compiled code would be compiled again.
+                untracked = _only_writes(owner) and not self.with_graph
+                if untracked:
+                    restore.append((owner.__dict__, "track_running_stats", owner.track_running_stats))
+                    owner.__dict__["track_running_stats"] = False
                 for name, value in owner._buffers.items():
+                    if untracked and name in _STATISTICS:
+                        continue
                     then = earlier.get((id(owner), name), value)
                     if value is then is None or id(value) in replaced:
                         continue
@@ -192,6 +201,11 @@ def _alias(parameter: Tensor) -> Tensor:
     return alias
 
 
+def _only_writes(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own normalisations in training mode, which never reads its statistics."""
+    return isinstance(module, _NormBase) and module.training and type(module).forward in _NORM_FORWARDS
+
+
 def _stateful_buffers(
     owners: Iterable[nn.Module],
 ) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]]:
@@ -202,8 +216,7 @@ def _stateful_buffers(
     """
     found: list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]] = []
     for owner in owners:
-        only_writes = isinstance(owner, _NormBase) and owner.training and type(owner).forward in _NORM_FORWARDS
-        if not only_writes:
+        if not _only_writes(owner):
             for name, value in owner._buffers.items():
                 if value is None:
                     found.append((owner, name, None, None, 0))
