@@ -32,7 +32,6 @@ def sample(cfg: DictConfig) -> Tensor:
     from torchvision.utils import save_image
 
     from revnet.training import DensityEstimator, load_weights, read_checkpoint
-    from revnet.training.checkpoints import check_targets
 
     if OmegaConf.is_missing(cfg, "ckpt_path"):
         raise ValueError("ckpt_path is missing: revnet-sample ckpt_path=runs/NAME/DATE/checkpoints/best.ckpt")
@@ -51,7 +50,6 @@ def sample(cfg: DictConfig) -> Tensor:
             f"revnet-train wrote"
         )
     model = checkpoint["config"]["model"]
-    check_targets(model, cfg.ckpt_path)
     flow: Any = instantiate(model, _convert_="all")
     if not hasattr(flow, "sample"):
         name = model["_target_"].rpartition(".")[2]

@@ -107,18 +107,6 @@ def test_what_is_no_flow_s_checkpoint_is_one_line(capsys: pytest.CaptureFixture,
         assert re.fullmatch("revnet-sample: " + line, only)
 
 
-def test_a_checkpoint_runs_no_code_of_its_own(run: Path, capsys: pytest.CaptureFixture) -> None:
-    checkpoint = torch.load(run, weights_only=True)
-    checkpoint["config"]["model"]["prior"] = {"_target_": "os.mkdir", "path": "made"}
-    torch.save(checkpoint, "bad.ckpt")
-    assert sample("ckpt_path=bad.ckpt") == 1
-    (only,) = capsys.readouterr().err.strip().splitlines()
-    assert only.startswith(
-        "revnet-sample: ckpt_path=bad.ckpt asks for os.mkdir, which is no network, data set or part "
-    )
-    assert not Path("made").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "line"),
     [

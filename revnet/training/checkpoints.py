@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping
-from importlib import import_module
-from inspect import isclass, isfunction, ismodule
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,21 +15,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from revnet.training.task import Task
 
-__all__ = ["AtomicCheckpoints", "newest_checkpoint", "read_checkpoint", "check_targets", "load_weights"]
+__all__ = ["AtomicCheckpoints", "newest_checkpoint", "read_checkpoint", "load_weights"]
 
 log = logging.getLogger(__name__)
-
-LIBRARIES = ("revnet", "torch", "torchvision", "timm")
-# What makes networks and data, and does nothing else: no function that writes files or loads code is defined there.
-CLASSES = (
-    *("revnet.", "torch.nn.", "torch.optim.", "torch.distributions.", "torchvision.models.", "torchvision.ops."),
-    *("timm.models.", "timm.layers."),
-)
-FUNCTIONS = (
-    *("revnet.models.paper.", "revnet.models.family.", "revnet.models.registry.", "revnet.flows.", "revnet.timm."),
-    *("torchvision.models.", "timm.models._factory."),
-)
-REFERENCES = ("hydra.utils.get_class", "hydra.utils.get_method")  # with the argument `path`
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -119,66 +104,6 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
             f"weights alone are given by weights=FILE"
         )
     return checkpoint
-
-
-def check_targets(config: Any, path: str | PathLike[str]) -> None:
-    """Refuse to make of a checkpoint's configuration what could run any code: the file may come from anywhere.
-
-    Its `_target_`s may be networks, data and what belongs to them, of this package, torch, torchvision and timm.
-
-    Args:
-        config: the part of a checkpoint's `config` that is to be instantiated.
-        path: where it was read, for the error.
-
-    Raises:
-        ValueError: for any other `_target_`, and for text that Hydra would work out to something else.
-
-    Example:
-        >>> check_targets({"_target_": "torch.nn.Linear", "in_features": 3, "out_features": 3}, "a.ckpt")
-        >>> check_targets({"_target_": "os.system", "command": "ls"}, "a.ckpt")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: ckpt_path=a.ckpt asks for os.system, which is no network, data set or part of one in revnet, ...
-    """
-    for target in _targets(config):
-        try:
-            known = target == "functools.partial" or (isinstance(target, str) and _makes_networks(target))
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"ckpt_path={path} asks for {target}, which cannot be imported ({error})") from error
-        if not known:
-            raise ValueError(
-                f"ckpt_path={path} asks for {target}, which is no network, data set or part of one in "
-                f"{', '.join(LIBRARIES[:-1])} or {LIBRARIES[-1]}, and could do anything: if you trust the file, make "
-                f"the network in Python and give it to revnet.training.load_weights"
-            )
-
-
-def _targets(node: Any) -> Iterator[Any]:
-    """All that a configuration would have Hydra import, and texts that Hydra would work out."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield node.get("path") if node["_target_"] in REFERENCES else node["_target_"]
-        node = [*node, *node.values()]
-    if isinstance(node, list | tuple):
-        for child in node:
-            yield from _targets(child)
-    elif isinstance(node, str) and "${" in node:
-        yield node
-
-
-def _makes_networks(target: str) -> bool:
-    """Whether a name is that of a class or builder which is defined in one of the places that are known for it."""
-    library, *names = target.split(".")
-    if library not in LIBRARIES or not re.fullmatch(r"[\w.]+", target):
-        return False
-    found, place = import_module(library), library
-    for name in names:
-        place = f"{place}.{name}"
-        if ismodule(found) and not hasattr(found, name):
-            import_module(place)
-        found = getattr(found, name)
-    where = f"{getattr(found, '__module__', None)}."
-    return (isclass(found) and where.startswith(CLASSES)) or (isfunction(found) and where.startswith(FUNCTIONS))
 
 
 def load_weights(task: Task, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:
