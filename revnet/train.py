@@ -169,6 +169,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     ckpt_path = cfg.ckpt_path
     if ckpt_path == "last":
         found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))
+        if found is None and any(Path(cfg.run_dir, "checkpoints").glob("*.ckpt")):
+            raise ValueError(
+                f"ckpt_path=last: no checkpoint in {cfg.run_dir}/checkpoints can be read; remove them to begin again, "
+                f"or give another run_dir"
+            )
         ckpt_path = None if found is None else str(found)
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
     if ckpt_path is not None:

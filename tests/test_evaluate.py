@@ -80,7 +80,7 @@ def test_what_is_no_checkpoint_of_a_run_is_one_line(capsys: pytest.CaptureFixtur
     for arguments, line in {
         (): "ckpt_path and weights are missing: .*",
         ("ckpt_path=a.ckpt", "weights=b"): "ckpt_path=a.ckpt weights=b: give one of the two",
-        ("ckpt_path=nowhere.ckpt",): "ckpt_path=nowhere.ckpt: no such file",
+        ("ckpt_path=nowhere.ckpt",): "ckpt_path=nowhere.ckpt: no such file; .*",
         ("ckpt_path=anonymous.ckpt",): "ckpt_path=anonymous.ckpt does not say how .*",
         ("ckpt_path=a.ckpt,b.ckpt", "-m"): "ckpt_path=a.ckpt,b.ckpt: .*one file at a time",
     }.items():

@@ -316,6 +316,17 @@ def test_a_checkpoint_cut_short_is_passed_over(
     assert differences(undisturbed(), outcome(tmp_path / "run")) == []
 
 
+def test_a_run_without_a_checkpoint_that_can_be_read_does_not_begin_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stopped(tmp_path / "run", capsys)
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        checkpoint.write_bytes(b"")
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"revnet-train: ckpt_path=last: no checkpoint in .*/checkpoints can be read; remove .*", line)
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_the_older_checkpoints(
     undisturbed: Callable[..., dict[str, Any]],
     tmp_path: Path,

@@ -211,9 +211,14 @@ def _leave_epoch(fit_loop: dict[str, Any]) -> None:
 
 
 def _reopen_loader(fit_loop: Any) -> None:
-    """Make the training's loader again: to tell a schedule its length, Lightning made it before it knew the place."""
+    """Make the training's loader again, at its place.
+
+    To tell a schedule its length, Lightning made it before it knew the place; without a schedule it has told it by now.
+    """
+    states = fit_loop._combined_loader_states_to_load or fit_loop._combined_loader._state_dicts()
     fit_loop._data_fetcher.teardown()
     fit_loop._combined_loader = None
+    fit_loop._combined_loader_states_to_load = states
     fit_loop.setup_data()
 
 

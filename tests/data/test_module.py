@@ -231,13 +231,14 @@ class Scheduled(Linear):
 
 @pytest.mark.filterwarnings(NO_VALIDATION, FORK)
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 1), (1, 0), (1, 2)])
-def test_a_training_goes_on_with_any_number_of_processes(tmp_path, before, after):
+@pytest.mark.parametrize("kind", [Linear, Scheduled])
+def test_a_training_goes_on_with_any_number_of_processes(tmp_path, kind, before, after):
     path = tmp_path / "some.ckpt"
 
     def run(num_workers, *callbacks, ckpt_path=None):
         pl.seed_everything(5, verbose=False)
         data = Fake((1, 2, 2), train_size=60, batch_size=10, val_fraction=0, num_workers=num_workers)
-        model = Scheduled(data)
+        model = kind(data)
         trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[Continuation(), *callbacks])
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         return model.fed["train"]
