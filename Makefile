@@ -18,7 +18,7 @@ test: lint check-wheel ## Lint, types, the wheel check, then every test that is 
 	$(BIN)/python -m pytest -m "not slow and not gpu" --promises --numprocesses 2 --dist loadfile
 
 test-slow: $(READY) ## The tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses 2
 
 test-gpu: $(READY) ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
