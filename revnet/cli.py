@@ -43,10 +43,10 @@ def command(
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a command out of a function of the composed configuration.
 
-    A mistake of the user (see `mistake`) ends in one line on stderr, and so does Ctrl-C. The exit status is 2 if the
-    configuration cannot be composed, 1 if the job refuses it or fails later, 130 at Ctrl-C. Any other exception keeps
-    its traceback, and with `HYDRA_FULL_ERROR=1` all do. A job of a sweep that fails, in this process or in another,
-    says so at once and leaves the others alone; the exit status is 1 in the end.
+    A mistake of the user (see `mistake`) ends in one line on stderr, and so do Ctrl-C and SIGTERM. The exit status is 2
+    if the configuration cannot be composed, 1 if the job refuses it or fails later, 130 at Ctrl-C, 143 at SIGTERM. Any
+    other exception keeps its traceback, and with `HYDRA_FULL_ERROR=1` all do. A job of a sweep that fails, in this
+    process or in another, says so at once and leaves the others alone; the exit status is 1 in the end.
 
     Args:
         config_name: the primary configuration in `conf/`; the command is `revnet-CONFIG_NAME`.
