@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revnet import ReversibleBlock
 
-__all__ = ["plain_block", "take_turns"]
+__all__ = ["capture", "plain_block", "take_turns"]
 
 
 def plain_block(block: ReversibleBlock, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +63,31 @@ def take_turns(
         }
         for name in names
     }
+
+
+def capture(step: Callable[[], None], module: nn.Module) -> tuple[Callable[[], None], int]:
+    """The replay of a step as a CUDA graph, and the bytes of its activations and temporaries at the peak.
+
+    The module is left without gradients; replays write to memory of their own.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    module.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+    peak = torch.cuda.max_memory_allocated() - before - gradients
+    module.zero_grad()
+    return graph.replay, peak
 
 
 def _clock(device: str) -> float:

@@ -5,11 +5,13 @@ by default, channels_last. Beside the three values stand a plain hand-written lo
 not be slower than it), the same loop with `torch.utils.checkpoint` around each unit, and a forward pass without
 gradients: the limit of pure reconstruction is store plus one such pass. Under autocast the residual stream is fp32 for
 all. Memory is the peak of activations and temporaries; inside compiled code, which --compile adds, it is not seen.
+--graphs adds the same steps captured as CUDA graphs, which take no time in Python; their peak is that of the capture.
 
     python experiments/training_step.py [--model revnet110] [--batch 128] [--size 32] [--dtype float32] [--device cpu]
     python experiments/training_step.py --model revnet104 --batch 8 --size 224 [--dtype bfloat16] [--compile]
+    python experiments/training_step.py --device cuda --batch 1024 --dtype bfloat16 --graphs
 
-Writes a table as JSON and a picture to experiments/results/MODEL_step_DTYPE_HARDWARE_DATE.
+Writes a table as JSON and a picture to experiments/results/MODEL_batchBATCH_step_DTYPE_HARDWARE_DATE.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import plain_block, take_turns
+from contest import capture, plain_block, take_turns
 from recording import allocator_keeps_memory, hardware, record, result_path
 from rich.console import Console
 from rich.progress import track
@@ -43,6 +45,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 FORWARD = "forward without gradients"
+GRAPH = ", CUDA graph"
 
 
 def unit(layers: list[nn.Module], state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -100,8 +103,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="also over compiled branches")
+    parser.add_argument("--graphs", action="store_true", help="also captured as CUDA graphs")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
     options = parser.parse_args()
+    if options.graphs and options.device == "cpu":
+        parser.error("--graphs needs --device cuda")
     allocator_keeps_memory()
     torch.manual_seed(0)
     autocast = None if options.dtype == "float32" else torch.bfloat16
@@ -128,6 +134,9 @@ def main() -> None:
             "reconstruct, compiled": (compiled, "reconstruct", False),
             "reconstruct, exact, compiled": (compiled, "reconstruct", True),
         }
+    graphs: dict[str, tuple[Callable[[], None], int]] = {}
+    if options.graphs:
+        contestants |= {f"{name}{GRAPH}": contestant for name, contestant in contestants.items()}
 
     def prepare(name: str) -> nn.Module:
         module, value, exact = contestants[name]
@@ -139,16 +148,21 @@ def main() -> None:
     def step(name: str) -> Callable[[], None]:
         module = prepare(name)
         module.zero_grad()
+        if name in graphs:
+            return graphs[name][0]
 
         def run() -> None:
             with torch.autocast(options.device, torch.bfloat16, enabled=autocast is not None):
-                if name == FORWARD:
+                if name.removesuffix(GRAPH) == FORWARD:
                     with torch.no_grad():
                         module(x)
                     return
                 loss = F.cross_entropy(module(x), target)
             loss.backward()
 
+        if name.endswith(GRAPH):
+            graphs[name] = capture(run, module)
+            return graphs[name][0]
         return run
 
     # The first two rounds warm up caches and the allocator.
@@ -157,10 +171,13 @@ def main() -> None:
     rows = []
     for name in contestants:
         row: dict[str, object] = {"contestant": name, **figures[name]}
-        if name != FORWARD and "compiled" not in name:
+        if name in graphs:
+            row["peak_bytes"] = graphs[name][1]
+        elif name != FORWARD and "compiled" not in name:
             row["peak_bytes"] = measure_memory(prepare(name), x, lambda y: F.cross_entropy(y, target), autocast).peak
         rows.append(row)
-    path = result_path(f"{options.model}_step_{options.dtype}", options.device)
+    theme = f"{options.model}_batch{options.batch}_step_{options.dtype}{'_graphs' * options.graphs}"
+    path = result_path(theme, options.device)
     record(path, vars(options), rows, options.device)
     device = hardware(options.device)["device"]
     show(rows, device)
@@ -180,7 +197,7 @@ def show(rows: list[dict[str, Any]], device: str) -> None:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    steps = [row for row in rows if row["contestant"] != FORWARD]
+    steps = [row for row in rows if row["contestant"].removesuffix(GRAPH) != FORWARD]
     limit = 1 + next(row["over_store"] for row in rows if row["contestant"] == FORWARD)
     names = [row["contestant"] for row in steps]
     peaks = [row.get("peak_bytes", math.nan) / 1e6 for row in steps]

@@ -41,7 +41,8 @@ class Watch:
 
     On a CPU an error is judged within the backward pass that it belongs to, so that a step with worthless gradients is
     never applied. On an accelerator it is copied in the background and judged as soon as it has arrived, at the latest
-    within the next forward pass but one: waiting for it would cost more than the reconstruction.
+    within the next forward pass but one: waiting for it would cost more than the reconstruction. A step that is
+    replayed as a CUDA graph is not judged; every replay writes the sequence's `reconstruction_error`, to be looked at.
 
     Attributes:
         warn_above: relative error above which to warn; None: 1e-3, under autocast 5e-2, in exact mode 0.
@@ -68,6 +69,8 @@ class Watch:
         warn_above = self.tolerance(autocast, exact)
         if error.device.type == "meta" or isinstance(error, FakeTensor):
             return  # nothing was computed
+        if _is_capturing():
+            return  # it has no value yet, but a new one with every replay
         if error.device.type == "cpu":
             self._judge(float(error), warn_above, exact)
             return
@@ -78,6 +81,8 @@ class Watch:
 
     def judge_arrived(self) -> None:
         """Judges the errors that have arrived from the device."""
+        if _is_capturing():
+            return  # nothing may be asked of the device
         while self._pending and (self._pending[0][1].query() or len(self._pending) > 1):
             on_host, arrived, warn_above, exact = self._pending.popleft()
             arrived.synchronize()
@@ -97,3 +102,8 @@ class Watch:
                 ReconstructionWarning,
                 stacklevel=2,
             )
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being captured; torch cannot be asked where there is no driver."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
