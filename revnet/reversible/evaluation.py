@@ -86,12 +86,20 @@ def _random_states(device: torch.device) -> tuple[Tensor, ...]:
 def _random_replayed(
     states: tuple[Tensor, ...], device: torch.device, inner: AbstractContextManager[None]
 ) -> Iterator[None]:
-    devices, kind = ([device], device.type) if _has_generator(device) else ([], "cuda")
-    with torch.random.fork_rng(devices, device_type=kind), inner:
-        torch.set_rng_state(states[0])
-        if devices:
-            torch.get_device_module(device).set_rng_state(states[1], device)
-        yield
+    now = _random_states(device)
+    if now is not states:
+        _set_random_states(states, device)
+    try:
+        with inner:
+            yield
+    finally:
+        _set_random_states(now, device)
+
+
+def _set_random_states(states: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +203,7 @@ def _alias(parameter: Tensor) -> Tensor:
     if not parameter.requires_grad:
         return parameter
     # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
-    alias = nn.Parameter(parameter.detach())
+    alias = nn.Parameter(parameter)  # which detaches it
     if parameter.__dict__:
         alias.__dict__.update(parameter.__dict__)
     return alias

@@ -12,14 +12,14 @@ from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Addition, Step
 from revnet.reversible.evaluation import Evaluation, call, is_differentiable
 from revnet.reversible.halves import Rearrangement
-from revnet.reversible.layer import State, apply_layer, as_state, invert_layer
+from revnet.reversible.layer import apply_layer, as_state, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
 __all__ = ["Replay"]
 
 
 class Replay:
-    """Second evaluations of a run and the gradients that they give."""
+    """Second evaluations of a run and the gradients that they give, with grad mode off as in any backward pass."""
 
     def __init__(
         self,
@@ -57,12 +57,11 @@ class Replay:
             x = state[other].detach().requires_grad_(needed and is_differentiable(state[other]))
             with torch.set_grad_enabled(wanted or evaluation.with_graph), evaluation.surroundings(self.autocast):
                 h = call(step.branch, x, self.context)
-            self._compare(step.branch, evaluation, as_state(h, step.branch))
-            with torch.no_grad():
-                out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
-                state[moved] = step.rule.undo(state[moved], h, out)
-                self.made[moved] = True
-                del out
+            self._compare(step.branch, evaluation, h)
+            out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
+            state[moved] = step.rule.undo(state[moved], h, out)
+            self.made[moved] = True
+            del out
             if not wanted:
                 return
             if isinstance(step.rule, Addition):
@@ -89,7 +88,7 @@ class Replay:
         needs: tuple[bool, ...] | None,
     ) -> None:
         """Reconstructs the input of a layer by its inverse, then differentiates the layer there."""
-        with torch.no_grad(), evaluation.aliased(), evaluation.surroundings(self.autocast):
+        with evaluation.aliased(), evaluation.surroundings(self.autocast):
             before = {_address(x) for x in state}
             state[:] = invert_layer(layer, tuple(state), self.context)
             # Any other layer might hold what it returns.
@@ -138,10 +137,10 @@ class Replay:
             del outputs
             grads.extend(self._product(evaluation, roots, leaves, aliases))
 
-    def _compare(self, module: nn.Module, evaluation: Evaluation, result: State) -> None:
+    def _compare(self, module: nn.Module, evaluation: Evaluation, result: Any) -> None:
         if evaluation.sample is None or self.run.tolerance is None:
             return
-        difference = evaluation.sample.error(result).item()
+        difference = evaluation.sample.error(as_state(result, module)).item()
         if difference > self.run.tolerance:
             name = next(name for name, found in self.run.named_modules() if found is module)
             raise RuntimeError(
@@ -236,17 +235,20 @@ def _is_held_once(x: Tensor) -> bool:
 def _check_nothing_hidden(nodes: list[Any], targets: list[Tensor]) -> None:
     """Finds tensors that a branch uses without holding them as parameters: their gradient would be lost."""
     known, seen = {id(t) for t in targets}, set(nodes)
-    while nodes:
-        node = nodes.pop()
-        hidden = getattr(node, "variable", None)  # of a node that accumulates the gradient of a leaf
+    for node in nodes:
+        following = node.next_functions
+        for after, _ in following:
+            if after is not None and after not in seen:
+                seen.add(after)
+                nodes.append(after)
+        # A node that accumulates the gradient of a leaf has none behind it; custom functions may keep a `variable` too.
+        hidden = None if following else getattr(node, "variable", None)
         if hidden is not None and id(hidden) not in known:
             raise TypeError(
                 f"a branch of a reversible sequence uses a tensor of shape {tuple(hidden.shape)} that requires grad "
                 f"and is none of its parameters: it would get no gradient. Register it, or the module that holds it "
                 f"(in an nn.ModuleList instead of a list), or pass it as context"
             )
-        nodes += [n for n, _ in node.next_functions if n is not None and n not in seen]
-        seen.update(nodes)
 
 
 def _alone(gradient: Tensor) -> Tensor:

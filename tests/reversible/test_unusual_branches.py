@@ -149,6 +149,32 @@ def test_a_tensor_that_is_used_from_the_second_step_on_is_found_too(activations,
         gradients(network, halves())
 
 
+class KeepsVariable(torch.autograd.Function):
+    """Notes its input under a name that torch's own nodes use for a leaf."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.variable = x.detach()
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@MODES
+def test_what_a_custom_function_keeps_is_not_taken_for_a_hidden_tensor(activations, exact):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, x):
+            return KeepsVariable.apply(self.inner(x))
+
+    assert_as_store(Branch, activations, exact)
+
+
 @EXACT
 @pytest.mark.parametrize(
     "register",
