@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from revnet.reversible.autocast import is_autocast_on
+from revnet.reversible.grid import is_transformed
+from revnet.reversible.halves import dense_format
 
 __all__ = [
     "BasicBranch",
@@ -37,8 +40,29 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
 
+class _Subsample(torch.autograd.Function):
+    """A slice whose gradient is laid out as its input.
+
+    That of a plain slice is contiguous, and so is every other on the way back that is summed with it: everything behind
+    a step to the next stage would be slower for channels_last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
+        ctx.shape, ctx.stride, ctx.memory_format = x.shape, stride, dense_format(x)
+        return x[..., ::stride, ::stride]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        whole = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format).zero_()
+        whole[..., :: ctx.stride, :: ctx.stride] = grad
+        return whole, None
+
+
 def subsample(x: Tensor, stride: int) -> Tensor:
     """Every `stride`-th pixel, a view: all that a 1x1 convolution of that stride reads of `x`."""
+    if isinstance(x, Tensor) and torch.is_grad_enabled() and not is_transformed():
+        return _Subsample.apply(x, stride)
     return x[..., ::stride, ::stride]
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from revnet.reversible.grid import is_transformed
 
-__all__ = ["Merge", "Rearrangement", "Split", "split_halves"]
+__all__ = ["Merge", "Rearrangement", "Split", "dense_format", "split_halves"]
 
 
-def _dense_format(x: Tensor) -> torch.memory_format:
+def dense_format(x: Tensor) -> torch.memory_format:
     """The dense memory format that `x` is laid out in."""
     # Under vmap, that of `is_grads_batched` too, a tensor does not tell.
     if torch._C._are_functorch_transforms_active() or (
@@ -36,7 +36,7 @@ def split_halves(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
             f"cannot split {x.shape[dim]} channels (dimension {dim} of shape {tuple(x.shape)}) into two equal halves: "
             f"give an even number"
         )
-    memory_format = _dense_format(x)
+    memory_format = dense_format(x)
     first, second = x.chunk(2, dim)
     return first.contiguous(memory_format=memory_format), second.contiguous(memory_format=memory_format)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
-from revnet.models.branches import BasicBranch, BottleneckBranch
+from revnet.models.branches import BasicBranch, BottleneckBranch, subsample
 from revnet.profiling import MemoryTimeline
 
 
@@ -21,6 +21,21 @@ def test_subsampling_ahead_of_a_pointwise_convolution_is_its_stride(preactivate)
     weights = torch.randn_like(y)
     found, wanted = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected))
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(7, 6), (1, 4)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_subsampling_and_its_derivatives_are_those_of_a_slice_in_the_layout_of_the_input(memory_format, size):
+    x = torch.randn(2, 4, *size, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    y, expected = subsample(x, 2), x[..., ::2, ::2]
+    assert torch.equal(y, expected)
+    assert y.data_ptr() == x.data_ptr()
+    weights = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad(out, x, weights, retain_graph=True)[0] for out in (y, expected))
+    assert torch.equal(found, wanted)
+    assert found.is_contiguous(memory_format=memory_format)
+    assert torch.autograd.gradgradcheck(lambda x: subsample(x.square(), 2).square(), x)
+    assert torch.equal(torch.func.vmap(lambda x: subsample(x, 2))(x), expected)
 
 
 @pytest.mark.parametrize("branch", [BasicBranch, BottleneckBranch])

@@ -40,6 +40,37 @@ def test_gradients_of_an_imagenet_network_equal_store():
     assert relative(found, truth) <= 1e-10
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in (*SMALL, "preact_resnet50", "revnet56", "revnet18", "revnet50")]
+    + [("revnet50", {"downsampling": "space_to_depth"})],
+)
+def test_every_gradient_of_a_channels_last_network_is_channels_last(name, options, autocast):
+    network = get_model(name, **options).to(memory_format=torch.channels_last)
+    set_activations(network, "store")  # in the other modes nobody sees those between two units
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = []
+
+    def watch(module, inputs, output):
+        for y in output if isinstance(output, tuple) else (output,):
+            y.register_hook(lambda gradient: seen.append((type(module).__name__, gradient)))
+
+    for module in network.modules():
+        if module is not network.relu:  # a mean over all pixels follows it, which sends back the same for all
+            module.register_forward_hook(watch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = network(x)
+    y.float().square().mean().backward()
+    others = [
+        (kind, gradient.shape)
+        for kind, gradient in [*seen, ("input", x.grad)]
+        if gradient.ndim == 4 and not gradient.is_contiguous(memory_format=torch.channels_last)
+    ]
+    assert len(seen) > 50
+    assert not others
+
+
 @pytest.mark.parametrize("name", ["revnet38", "revnet110", "revnet164"])
 def test_only_the_outputs_of_the_stages_are_kept(name):
     network = get_model(name)
