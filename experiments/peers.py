@@ -5,6 +5,8 @@ A cell is a stack of reversible units (pre-activation basic branches; width: cha
 
 - a plain loop, y1 = x1 + f(x2); y2 = x2 + g(y1), and the same with `torch.utils.checkpoint` around each unit;
 - store, recompute, reconstruct, and reconstruct exact;
+- a hand-written reversal, the least that reconstruct can take: it replays no random numbers, counts statistics twice,
+  checks nothing and does not look for drift;
 - MemCNN 1.5 (`InvertibleModuleWrapper` over `AdditiveCoupling`, inputs freed) and RevTorch 0.2 (`ReversibleSequence`,
   eager discarding), the leanest settings of each. Neither replays autocast, so in bf16 each of their branches enters it
   by itself, in both passes;

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from contest import plain_block
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from revnet import ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split, split_halves
 
-__all__ = ["CHECKPOINT", "EXACT", "FORWARD", "LOOP", "NARROW", "Contestant", "contestants", "ours"]
+__all__ = ["CHECKPOINT", "EXACT", "FORWARD", "LOOP", "NARROW", "REVERSAL", "Contestant", "contestants", "ours"]
 
 LOOP, CHECKPOINT, EXACT, FORWARD = "plain loop", "torch.utils.checkpoint", "reconstruct, exact", "forward alone"
+REVERSAL = "hand-written reversal"
 NARROW = ", bf16 stream"
 
 
@@ -75,6 +77,50 @@ class Loop(nn.Module):
         return torch.cat((x1, x2), 1)
 
 
+class Reversal(nn.Module):
+    """The least that reversing the blocks takes: no replay of random numbers or statistics, no check, no drift."""
+
+    def __init__(self, blocks: Iterable[ReversibleBlock]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [branch for block in self.layers for branch in (block.f, block.g)]
+        y: Tensor = _Reversal.apply(branches, x, *self.parameters())
+        return y
+
+
+class _Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, branches: list[nn.Module], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.branches, ctx.parameters, ctx.kind = branches, parameters, x.device.type
+        ctx.autocast = torch.is_autocast_enabled(ctx.kind)
+        moved, other = split_halves(x)
+        for branch in branches:
+            moved, other = other, moved + branch(other)
+        y = torch.cat((moved, other), 1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (other, moved), (grad_other, grad_moved) = split_halves(ctx.saved_tensors[0]), split_halves(grad)
+        del grad
+        sums: dict[Tensor, Tensor] = {}
+        for branch in reversed(ctx.branches):
+            leaf, own = other.detach().requires_grad_(), list(branch.parameters())
+            with torch.enable_grad(), torch.autocast(ctx.kind, torch.bfloat16, ctx.autocast, cache_enabled=False):
+                h = branch(leaf)
+            moved.sub_(h.detach())
+            edge, cotangent = get_gradient_edge(h), grad_moved.to(h.dtype)
+            del h
+            found, *of_parameters = torch.autograd.grad(edge, [leaf, *own], cotangent)
+            sums.update(zip(own, of_parameters, strict=True))
+            grad_other = grad_other + found
+            moved, other, grad_moved, grad_other = other, moved, grad_other, grad_moved
+        return None, torch.cat((grad_other, grad_moved), 1), *map(sums.get, ctx.parameters)
+
+
 class Autocast(nn.Module):
     """A branch that runs under bf16 autocast wherever it is called from."""
 
@@ -121,6 +167,7 @@ def contestants(blocks: list[ReversibleBlock], bf16: bool) -> dict[str, Contesta
         LOOP: Contestant(Loop(blocks, False), blocks, bf16),
         "store": Contestant(ours(blocks, "store"), blocks, bf16),
         CHECKPOINT: Contestant(Loop(blocks, True), blocks, bf16),
+        REVERSAL: Contestant(Reversal(blocks), blocks, bf16),
         "recompute": Contestant(ours(blocks, "recompute"), blocks, bf16),
         "reconstruct": Contestant(ours(blocks, "reconstruct"), blocks, bf16),
         EXACT: Contestant(ours(blocks, "reconstruct", exact=True), blocks, bf16),
