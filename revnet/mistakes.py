@@ -90,6 +90,8 @@ def mistake(error: BaseException) -> str | None:
         )
     if isinstance(error, NonFiniteError):
         return f"{line}; a training goes on from its last good checkpoint with run_dir=... ckpt_path=last"
+    if isinstance(error, ValueError) and line.startswith("Config group override must be a string or a list"):
+        return _no_option()
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)) and _raised_on_purpose(error):
         return line
     in_worker = _worker_mistake(error)
@@ -178,6 +180,17 @@ def _unknown_group(line: str) -> str | None:
         return None
     group, option, missing = found.groups()
     return f"{group}={option} is for another command: it chooses {missing}, a group that this one does not have"
+
+
+def _no_option() -> str:
+    """What is wrong where Hydra, which does not say where, met a group that is given null or a number."""
+    found = []
+    for argument in sys.argv[1:]:
+        group, _, option = argument.partition("=")
+        options = [file.stem for file in (PACKAGE / "conf" / group).glob("*.yaml")]
+        if options and option not in options:
+            found.append(f"{argument} names no option; {valid('', options)}")
+    return "; ".join(found)
 
 
 def _chosen_twice(line: str) -> str | None:
