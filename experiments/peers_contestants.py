@@ -18,7 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from revnet import ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split, split_halves
 
-__all__ = ["CHECKPOINT", "EXACT", "FORWARD", "LOOP", "NARROW", "REVERSAL", "Contestant", "contestants", "ours"]
+__all__ = [
+    "CHECKPOINT",
+    "EXACT",
+    "FORWARD",
+    "LOOP",
+    "NARROW",
+    "REVERSAL",
+    "Contestant",
+    "HandWritten",
+    "Reversal",
+    "contestants",
+    "ours",
+]
 
 LOOP, CHECKPOINT, EXACT, FORWARD = "plain loop", "torch.utils.checkpoint", "reconstruct, exact", "forward alone"
 REVERSAL = "hand-written reversal"
@@ -77,20 +89,9 @@ class Loop(nn.Module):
         return torch.cat((x1, x2), 1)
 
 
-class Reversal(nn.Module):
-    """The least that reversing the blocks takes: no replay of random numbers or statistics, no check, no drift."""
+class HandWritten(torch.autograd.Function):
+    """The least that reversing blocks takes: no replay of random numbers or statistics, no check, no drift."""
 
-    def __init__(self, blocks: Iterable[ReversibleBlock]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branches = [branch for block in self.layers for branch in (block.f, block.g)]
-        y: Tensor = _Reversal.apply(branches, x, *self.parameters())
-        return y
-
-
-class _Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, branches: list[nn.Module], x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.branches, ctx.parameters, ctx.kind = branches, parameters, x.device.type
@@ -119,6 +120,19 @@ class _Reversal(torch.autograd.Function):
             grad_other = grad_other + found
             moved, other, grad_moved, grad_other = other, moved, grad_other, grad_moved
         return None, torch.cat((grad_other, grad_moved), 1), *map(sums.get, ctx.parameters)
+
+
+class Reversal(nn.Module):
+    """The blocks under a function that reverses them."""
+
+    def __init__(self, blocks: Iterable[ReversibleBlock], function: type[HandWritten] = HandWritten) -> None:
+        super().__init__()
+        self.layers, self.function = nn.ModuleList(blocks), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [branch for block in self.layers for branch in (block.f, block.g)]
+        y: Tensor = self.function.apply(branches, x, *self.parameters())
+        return y
 
 
 class Autocast(nn.Module):
