@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -76,10 +76,14 @@ def _random_states(device: torch.device) -> tuple[Tensor, ...]:
     states = [torch.get_rng_state()]
     if _has_generator(device):
         states.append(torch.get_device_module(device).get_rng_state(device))
-    with torch._C._DisableTorchDispatch():  # the states are real even where fake tensors are computed with
-        if len(states) != len(_local.random) or not all(map(torch.equal, states, _local.random)):
-            _local.random = tuple(states)
+    if not _equal(states, _local.random):
+        _local.random = tuple(states)
     return _local.random
+
+
+def _equal(states: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    with torch._C._DisableTorchDispatch():  # the states are real even where fake tensors are computed with
+        return len(states) == len(others) and all(map(torch.equal, states, others))
 
 
 @contextmanager
@@ -87,7 +91,7 @@ def _random_replayed(
     states: tuple[Tensor, ...], device: torch.device, inner: AbstractContextManager[None]
 ) -> Iterator[None]:
     now = _random_states(device)
-    if now is not states:
+    if now is not states and not _equal(now, states):  # in another thread than the forward pass they are never the same
         _set_random_states(states, device)
     try:
         with inner:
