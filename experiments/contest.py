@@ -10,11 +10,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revnet import ReversibleBlock
 
-__all__ = ["capture", "plain_block", "take_turns"]
+__all__ = ["GRAPH", "capture", "plain_block", "take_turns"]
+
+GRAPH = ", CUDA graph"  # ends the name of a contestant that is replayed
 
 
 def plain_block(block: ReversibleBlock, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,10 +67,12 @@ def take_turns(
     }
 
 
-def capture(step: Callable[[], None], module: nn.Module) -> tuple[Callable[[], None], int]:
+def capture(step: Callable[[], None], leaves: Sequence[Tensor]) -> tuple[Callable[[], None], int]:
     """The replay of a step as a CUDA graph, and the bytes of its activations and temporaries at the peak.
 
-    The module is left without gradients; replays write to memory of their own.
+    Args:
+        step: what is captured, after three runs that are not.
+        leaves: all that it gives gradients. They have none in the end; replays write theirs to memory of their own.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -76,7 +80,7 @@ def capture(step: Callable[[], None], module: nn.Module) -> tuple[Callable[[], N
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    module.zero_grad()
+    _clear(leaves)  # or the graph would add to what is freed below
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -84,10 +88,15 @@ def capture(step: Callable[[], None], module: nn.Module) -> tuple[Callable[[], N
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+    gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
     peak = torch.cuda.max_memory_allocated() - before - gradients
-    module.zero_grad()
+    _clear(leaves)
     return graph.replay, peak
+
+
+def _clear(leaves: Iterable[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None
 
 
 def _clock(device: str) -> float:

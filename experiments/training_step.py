@@ -27,7 +27,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import capture, plain_block, take_turns
+from contest import GRAPH, capture, plain_block, take_turns
 from recording import allocator_keeps_memory, hardware, record, result_path
 from rich.console import Console
 from rich.progress import track
@@ -45,7 +45,6 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 FORWARD = "forward without gradients"
-GRAPH = ", CUDA graph"
 
 
 def unit(layers: list[nn.Module], state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -161,7 +160,7 @@ def main() -> None:
             loss.backward()
 
         if name.endswith(GRAPH):
-            graphs[name] = capture(run, module)
+            graphs[name] = capture(run, list(module.parameters()))
             return graphs[name][0]
         return run
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import matplotlib
 import torch
-from contest import capture, take_turns
+from contest import GRAPH, capture, take_turns
 from peers_contestants import FORWARD, REVERSAL, HandWritten, Reversal, ours
 from recording import allocator_keeps_memory, hardware, record, resumed
 from rich.console import Console
@@ -36,7 +36,6 @@ from revnet.reversible import split_halves
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-GRAPH = ", CUDA graph"
 OVERLAPPED = f"{REVERSAL}, two streams"
 
 
@@ -50,8 +49,7 @@ class OverlappedReversal(HandWritten):
         spare_other, spare_moved = torch.empty_like(other), torch.empty_like(moved)
         main = torch.cuda.current_stream() if ctx.kind == "cuda" else None
         streams = (main, _side_stream() if main else None)
-        start = _mark(main)
-        undone, given = start, start
+        undone = given = _mark(main)
         sums: dict[Tensor, Tensor] = {}
         for number, branch in enumerate(reversed(ctx.branches)):
             stream = streams[number % 2]
@@ -80,13 +78,9 @@ class OverlappedReversal(HandWritten):
         return None, torch.cat((grad_other, grad_moved), 1), *map(sums.get, ctx.parameters)
 
 
-_side: list[torch.cuda.Stream] = []
-
-
+@cache
 def _side_stream() -> torch.cuda.Stream:
-    if not _side:
-        _side.append(torch.cuda.Stream())
-    return _side[0]
+    return torch.cuda.Stream()
 
 
 def _mark(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
@@ -144,7 +138,7 @@ def measure(cell: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if not name.endswith(GRAPH):
             return eager
         if name not in graphs:
-            graphs[name] = capture(eager, modules["store"])
+            graphs[name] = capture(eager, [x, *modules["store"].parameters()])
         return graphs[name][0]
 
     right = gradients("store")
