@@ -45,21 +45,24 @@ def checked(layers: Sequence[nn.Module], activations: Activations) -> Activation
 def resolved(layers: Sequence[nn.Module], activations: Activations) -> tuple[str, ...]:
     """What is done for each layer.
 
-    A plan is followed to the letter. Under a single value layers without an inverse are recomputed instead of
-    reconstructed. Three kinds of layers are reconstructed instead of recomputed, where undoing is exact and costs no
-    more than doing it again, so that their input need not be kept: `Split`, `Merge`, `Squeeze`, and an
-    `AdditiveCoupling` right behind a layer without an inverse, since of its input only the half that it leaves alone is
-    used again.
+    A plan is followed to the letter. Under "reconstruct" layers without an inverse are recomputed. Under "recompute"
+    rearrangements (`Split`, `Merge`, `Squeeze`) are stored, since ordinary backpropagation keeps nothing of them. An
+    `AdditiveCoupling` right behind a layer without an inverse is then reconstructed: of its input only the half that it
+    leaves alone is used again, so undoing it is exact, costs no more than doing it again, and its input need not be
+    kept.
     """
     if not isinstance(activations, str):
         return tuple(checked(layers, activations))
     if activations == "store":
         return ("store",) * len(layers)
-    undone: Iterable[bool] = map(is_invertible, layers)
-    if activations == "recompute":
-        undone = (
-            isinstance(layer, Rearrangement)
-            or (isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before))
-            for before, layer in zip([None, *layers], layers, strict=False)
-        )
-    return tuple("reconstruct" if yes else "recompute" for yes in undone)
+    if activations == "reconstruct":
+        return tuple("reconstruct" if is_invertible(layer) else "recompute" for layer in layers)
+    return tuple(map(_recomputed, [None, *layers], layers))
+
+
+def _recomputed(before: nn.Module | None, layer: nn.Module) -> str:
+    if isinstance(layer, Rearrangement):
+        return "store"
+    if isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before):
+        return "reconstruct"
+    return "recompute"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from revnet.reversible.function import apply_run
+from revnet.reversible.function import reconstructed
+from revnet.reversible.recompute import recomputed
 
-__all__ = ["apply_run_eagerly"]
+__all__ = ["recomputed_eagerly", "reconstructed_eagerly"]
 
-apply_run_eagerly = torch.compiler.disable(
-    apply_run,
-    reason="a reversible sequence that keeps no activations is no part of a compiled graph; compile its branches, or "
-    'keep the activations (activations="store")',
+_REASON = (
+    "a reversible sequence that keeps no activations is no part of a compiled graph; compile its branches, or "
+    'keep the activations (activations="store")'
 )
+reconstructed_eagerly = torch.compiler.disable(reconstructed, reason=_REASON)
+recomputed_eagerly = torch.compiler.disable(recomputed, reason=_REASON)

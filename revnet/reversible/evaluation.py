@@ -173,7 +173,8 @@ class Evaluation:
             copies: dict[int, Tensor] = {}  # a buffer in several places stays one
             for owner in self.owners:
                 # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
-                # them; compiled code would be compiled again.
+                # them; it then saves fewer tensors than in a first evaluation with a graph, and compiled code would be
+                # compiled again.
                 untracked = _only_writes(owner) and not self.with_graph
                 if untracked:
                     restore.append((owner.__dict__, "track_running_stats", owner.track_running_stats))
@@ -264,9 +265,10 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
     try:
         random = _random_states(device)
         buffers = _stateful_buffers(owners)
-        with_graph = any(map(_depends_on_grad_mode, modules))
+        has_graph = torch.is_grad_enabled()
+        with_graph = has_graph or any(map(_depends_on_grad_mode, modules))
         versions = [_version(x) for x in state]
-        result = _as_second(compute, state) if with_graph else compute(*state)
+        result = _as_second(compute, state) if with_graph and not has_graph else compute(*state)
     finally:
         _local.tape = tape
     if [_version(x) for x in state] != versions:

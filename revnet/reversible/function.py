@@ -1,4 +1,4 @@
-"""The reversible backward pass: one autograd Function for a run of layers that keep no activations."""
+"""The reversible backward pass: one autograd Function for a run of layers that are reconstructed."""
 
 from __future__ import annotations
 
@@ -19,30 +19,14 @@ from revnet.reversible.layer import State, apply_layer, on_grid
 from revnet.reversible.replay import Replay
 from revnet.reversible.run import ContextStructure, Run
 
-__all__ = ["apply_run"]
+__all__ = ["reconstructed"]
 
 # Newer versions of torch hand the gradients over in a list that the backward pass may empty as it goes.
 _BOXED = hasattr(torch.autograd.Function, "boxed_grads_call")
 
 
-@dataclass(frozen=True, slots=True)
-class _Trace:
-    """What the forward pass notes of one layer. Tensors of the state are not in here but saved with autograd."""
-
-    kept: int
-    """How many tensors of the layer's input were saved, 0 if it is reconstructed."""
-    evaluations: tuple[Evaluation, ...]
-    sample: Sample | None
-    """A sample of the input where a stretch of reconstructed layers begins."""
-
-
-def apply_run(run: Run, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
+def reconstructed(run: Run, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
     """The output of the run's layers, and `log_det` plus their log-determinants if it is not None."""
-    if torch.compiler.is_compiling():
-        # The compiler would give the first evaluation of a branch and the second, which needs a graph, other bits.
-        from revnet.reversible.eager import apply_run_eagerly
-
-        return apply_run_eagerly(run, state, context, log_det)
     structure = ContextStructure(context)
     inputs = [*state, *([] if log_det is None else [log_det])]
     parameters = run.parameters()
@@ -84,17 +68,11 @@ class _ReversibleFunction(torch.autograd.Function):
         context = job.context.rebuild(context_tensors)
         ctx.autocast = Autocast.current(state[0].device)
         ctx.set_materialize_grads(False)
-        saved: list[Tensor] = []
-        traces: list[_Trace] = []
-        follows_known = True
-        pairs = zip(job.run.layers, job.run.reconstruct, strict=True)
-        watched = any(reconstruct and not isinstance(layer, Rearrangement) for layer, reconstruct in pairs)
-        for layer, reconstruct in zip(job.run.layers, job.run.reconstruct, strict=True):
-            begins = Sample(state, job.run.exact) if watched and reconstruct and follows_known else None
-            if not reconstruct:
-                saved.extend(state)
-            kept = 0 if reconstruct else len(state)
-            if reconstruct and isinstance(layer, Coupling):
+        watched = any(not isinstance(layer, Rearrangement) for layer in job.run.layers)
+        ctx.sample = Sample(state, job.run.exact) if watched else None
+        ctx.evaluations = []  # for each layer those of its branches, or its own
+        for layer in job.run.layers:
+            if isinstance(layer, Coupling):
                 _check_hooks(layer)
                 with recording(job.run.tolerance is not None) as evaluations, _unchanged_by_hooks(layer, state):
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
@@ -105,19 +83,13 @@ class _ReversibleFunction(torch.autograd.Function):
                 state, log_det, evaluation = _observed(job.run, layer, state, context, log_det)
                 state = tuple(x.detach() for x in state)  # from a graph that the layer may have built on its own
                 evaluations = [evaluation]
-            traces.append(_Trace(kept, tuple(evaluations), begins))
-            follows_known = not reconstruct
-        if job.run.reconstruct[-1]:
-            saved.extend(state)
-        if [c._version for c in context_tensors] != context_versions:
-            raise ValueError(
-                "a branch changes the context in place, which every other branch still reads; let it make a new tensor"
-            )
-        ctx.job, ctx.traces = job, traces
+            ctx.evaluations.append(evaluations)
+        job.context.check_unchanged(context_tensors, context_versions)
+        ctx.job = job
         # After the pass, because it may write to parameters (an embedding with max_norm does).
         ctx.versions = [(p, p._version) for p in job.parameters]
-        # The traces hold the parameters: saving them here too would let saved-tensor hooks move them about.
-        ctx.save_for_backward(*saved, *job.unpack(tensors)[2])
+        # The evaluations hold the parameters: saving them here too would let saved-tensor hooks move them about.
+        ctx.save_for_backward(*state, *job.unpack(tensors)[2])
         return state if log_det is None else (*state, log_det)
 
     @staticmethod
@@ -125,44 +97,34 @@ class _ReversibleFunction(torch.autograd.Function):
         grads: list[Tensor | None] = grad_outputs[0] if _BOXED else list(grad_outputs)
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a sequence that recomputes or reconstructs its activations cannot be differentiated twice "
-                '(create_graph=True); switch it to activations="store", where that works'
+                "a sequence that reconstructs its activations cannot be differentiated twice (create_graph=True); "
+                'switch it to activations="store" or "recompute", where that works'
             )
         job: _Job = ctx.job
-        _check_unchanged(job.run, ctx.versions)
+        job.run.check_unchanged(ctx.versions)
         for layer in job.run.layers:
             if isinstance(layer, Coupling):
                 layer.exact = job.run.exact  # it may have been switched since
-        saved = list(ctx.saved_tensors)
+        state = list(ctx.saved_tensors)
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             ctx.maybe_clear_saved_tensors()
-        context = [saved.pop() for _ in range(job.context.count)][::-1]
+        context = [state.pop() for _ in range(job.context.count)][::-1]
         grad_log_det = grads.pop() if job.has_log_det else None
         needs = ctx.needs_input_grad[1 : 1 + job.states]
         replay = Replay(ctx.autocast, job.run, job.context, context, grad_log_det)
-        kept = sum(trace.kept for trace in ctx.traces)
-        state = saved[kept:]
-        del saved[kept:]
-        errors = []
         for index in reversed(range(len(job.run.layers))):
-            layer, trace = job.run.layers[index], ctx.traces[index]
+            layer, evaluations = job.run.layers[index], ctx.evaluations[index]
             wanted = needs if index == 0 else None
-            if trace.kept:
-                state = saved[-trace.kept :]
-                del saved[-trace.kept :]
-                replay.recompute_layer(layer, trace.evaluations[0], state, grads, wanted)
-            elif isinstance(layer, Coupling):
-                steps = list(zip(layer.moves(), trace.evaluations, strict=True))
+            if isinstance(layer, Coupling):
+                steps = list(zip(layer.moves(), evaluations, strict=True))
                 while steps:
                     step, evaluation = steps.pop()
                     needed = wanted is None or bool(steps) or wanted[1 - step.moved]
                     replay.reverse_step(step, evaluation, state, grads, needed)
             else:
-                replay.reverse_layer(layer, trace.evaluations[0], state, grads, wanted)
-            if trace.sample is not None:
-                errors.append(trace.sample.error(tuple(state)))
-        if errors:
-            job.run.report(torch.stack(errors).amax())
+                replay.reverse_layer(layer, evaluations[0], state, grads, wanted)
+        if ctx.sample is not None:
+            job.run.report(ctx.sample.error(tuple(state)))
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
         flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.trainable)]
@@ -223,19 +185,4 @@ def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> No
             raise TypeError(
                 f"parameter {name!r} of {type(layer).__name__} belongs to no branch of its `steps`, so it would get no "
                 f"gradient; move it into a branch"
-            )
-
-
-def _check_unchanged(run: Run, versions: list[tuple[Tensor, int]]) -> None:
-    for parameter, version in versions:
-        if parameter._version != version:
-            named = [
-                name
-                for index, layer in enumerate(run.layers, run.first)
-                for name, p in layer.named_parameters(str(index))
-                if p is parameter
-            ]
-            raise RuntimeError(
-                f"parameter {', '.join(named)} of a reversible sequence was changed in place between the forward and "
-                f"the backward pass; change it after the backward pass (the optimizer's step too)"
             )

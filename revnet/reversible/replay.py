@@ -12,7 +12,7 @@ from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Addition, Step
 from revnet.reversible.evaluation import Evaluation, call, is_differentiable
 from revnet.reversible.halves import Rearrangement
-from revnet.reversible.layer import apply_layer, as_state, invert_layer
+from revnet.reversible.layer import apply_layer, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
 __all__ = ["Replay"]
@@ -57,7 +57,7 @@ class Replay:
             x = state[other].detach().requires_grad_(needed and is_differentiable(state[other]))
             with torch.set_grad_enabled(wanted or evaluation.with_graph), evaluation.surroundings(self.autocast):
                 h = call(step.branch, x, self.context)
-            self._compare(step.branch, evaluation, h)
+            self.run.check_repeated(step.branch, evaluation, h)
             out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
             state[moved] = step.rule.undo(state[moved], h, out)
             self.made[moved] = True
@@ -93,29 +93,6 @@ class Replay:
             state[:] = invert_layer(layer, tuple(state), self.context)
             # Any other layer might hold what it returns.
             self.made = [isinstance(layer, Rearrangement) and _address(x) not in before for x in state]
-        self._differentiate(layer, evaluation, state, grads, needs)
-
-    def recompute_layer(
-        self,
-        layer: nn.Module,
-        evaluation: Evaluation,
-        state: list[Tensor],
-        grads: list[Tensor | None],
-        needs: tuple[bool, ...] | None,
-    ) -> None:
-        """Differentiates a layer at its input, which was kept."""
-        self.made = [False] * len(state)
-        self._differentiate(layer, evaluation, state, grads, needs)
-
-    def _differentiate(
-        self,
-        layer: nn.Module,
-        evaluation: Evaluation,
-        state: list[Tensor],
-        grads: list[Tensor | None],
-        needs: tuple[bool, ...] | None,
-    ) -> None:
-        """Replaces `grads`, those of the layer's output, by those of its input `state`."""
         with evaluation.aliased() as aliases:
             leaves = [
                 x.detach().requires_grad_(is_differentiable(x) and (needs is None or needs[i]))
@@ -125,29 +102,15 @@ class Replay:
                 start = None if self.grad_log_det is None else torch.zeros_like(self.grad_log_det)
                 # Views, because hooks on the inputs of a module (those of torch's counters) refuse leaves here.
                 inputs = tuple(x.view_as(x) for x in leaves)
-                # Rounding to the grid does not change the gradient, so the output is rounded only to be compared.
-                exact = self.run.exact and evaluation.sample is not None
-                output, log_det = apply_layer(layer, inputs, self.context, start, exact)
+                output, log_det = apply_layer(layer, inputs, self.context, start)
                 del inputs
-            self._compare(layer, evaluation, output)
+            self.run.check_repeated(layer, evaluation, output)
             outputs = [*zip(output, grads, strict=True), (log_det, self.grad_log_det)]
             grads.clear()
             del output, log_det
             roots = _handed_over(outputs)
             del outputs
             grads.extend(self._product(evaluation, roots, leaves, aliases))
-
-    def _compare(self, module: nn.Module, evaluation: Evaluation, result: Any) -> None:
-        if evaluation.sample is None or self.run.tolerance is None:
-            return
-        difference = evaluation.sample.error(as_state(result, module)).item()
-        if difference > self.run.tolerance:
-            name = next(name for name, found in self.run.named_modules() if found is module)
-            raise RuntimeError(
-                f"{name} ({type(module).__name__}) of a reversible sequence is not deterministic: the result of its "
-                f"second evaluation is {difference:.1e} off that of the first (relative); let it draw from torch's "
-                f'default generators and keep its state in buffers, or keep its activations (activations="store")'
-            )
 
     def _product(
         self,

@@ -1,8 +1,8 @@
-"""Consecutive layers of a sequence that one autograd Function evaluates, and the extra inputs of their branches."""
+"""Consecutive layers of a sequence that are undone or done again as one, and the extra inputs of their branches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from revnet.reversible.evaluation import modules_in, parameters_of
+from revnet.reversible.evaluation import Evaluation, modules_in, parameters_of
+from revnet.reversible.layer import as_state
 
 __all__ = ["ContextStructure", "Run"]
 
@@ -20,12 +21,11 @@ _TENSOR = object()
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive layers of a sequence that share one Function.
+    """Consecutive layers of a sequence that are reconstructed by one Function, or one that is recomputed.
 
     Attributes:
         layers: the layers in forward order.
         first: number of the first of them in its sequence.
-        reconstruct: for each layer, whether its input is reconstructed from its output (True) or kept (False).
         exact: whether the stream is on the fixed-point grid.
         enters_grid: whether its input has yet to be put there.
         tolerance: relative difference from which a branch's two evaluations are called different; None: not compared.
@@ -35,7 +35,6 @@ class Run:
 
     layers: tuple[nn.Module, ...]
     first: int
-    reconstruct: tuple[bool, ...]
     exact: bool
     enters_grid: bool
     tolerance: float | None
@@ -56,6 +55,34 @@ class Run:
         for index, layer in enumerate(self.layers, self.first):
             yield from layer.named_modules(prefix=str(index))
 
+    def check_unchanged(self, versions: list[tuple[Tensor, int]]) -> None:
+        """RuntimeError if a parameter is no longer what it was in the forward pass."""
+        for parameter, version in versions:
+            if parameter._version != version:
+                named = [
+                    name
+                    for index, layer in enumerate(self.layers, self.first)
+                    for name, p in layer.named_parameters(str(index))
+                    if p is parameter
+                ]
+                raise RuntimeError(
+                    f"parameter {', '.join(named)} of a reversible sequence was changed in place between the forward "
+                    f"and the backward pass; change it after the backward pass (the optimizer's step too)"
+                )
+
+    def check_repeated(self, module: nn.Module, evaluation: Evaluation, result: Any) -> None:
+        """RuntimeError if `result`, that of a second evaluation, is not that of the first, where they are compared."""
+        if evaluation.sample is None or self.tolerance is None:
+            return
+        difference = evaluation.sample.error(as_state(result, module)).item()
+        if difference > self.tolerance:
+            name = next(name for name, found in self.named_modules() if found is module)
+            raise RuntimeError(
+                f"{name} ({type(module).__name__}) of a reversible sequence is not deterministic: the result of its "
+                f"second evaluation is {difference:.1e} off that of the first (relative); let it draw from torch's "
+                f'default generators and keep its state in buffers, or keep its activations (activations="store")'
+            )
+
 
 class ContextStructure:
     """The structure of the branches' extra inputs: any nesting of tuples, lists and dicts that holds tensors."""
@@ -69,10 +96,18 @@ class ContextStructure:
     def tensors(context: Any) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
 
-    def rebuild(self, tensors: list[Tensor]) -> Any:
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         rest = iter(tensors)
         leaves = [next(rest) if constant is _TENSOR else constant for constant in self.constants]
         return pytree.tree_unflatten(leaves, self.spec)
+
+    @staticmethod
+    def check_unchanged(tensors: Sequence[Tensor], versions: list[int]) -> None:
+        """ValueError if a branch wrote to one of the tensors, whose versions were these before."""
+        if [tensor._version for tensor in tensors] != versions:
+            raise ValueError(
+                "a branch changes the context in place, which every other branch still reads; let it make a new tensor"
+            )
 
 
 def _check_materialised(run: Run) -> None:

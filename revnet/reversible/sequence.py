@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch.utils import _pytree as pytree
 from revnet.reversible.activations import Activations, checked, resolved
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Coupling
-from revnet.reversible.function import apply_run
+from revnet.reversible.function import reconstructed
 from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.inverted import invert
 from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
+from revnet.reversible.recompute import recomputed
 from revnet.reversible.run import Run
 from revnet.reversible.watch import Watch
 
@@ -202,19 +204,18 @@ class ReversibleSequence(nn.Sequential):
             _check_halves(state)
             exact = self._settle_exact(state)
             first = 0
-            for layers, values in self._runs(state, context):
+            for value, layers in self._runs(state, context):
                 enters_grid = exact and first == 0 and is_invertible(layers[0])
-                if values[0] == "store":
+                if value == "store":
                     if enters_grid:
                         state = on_grid(state)
                     for layer in layers:
                         state, log_det = apply_layer(layer, state, context, log_det, exact)
                 else:
-                    reconstruct = tuple(value == "reconstruct" for value in values)
                     tolerance = self.watch.tolerance(autocast, exact) if self.check_determinism else None
                     report = partial(self._report, first, autocast, exact)
-                    run = Run(layers, first, reconstruct, exact, enters_grid, tolerance, report, self._inspected)
-                    state, log_det = apply_run(run, state, context, log_det)
+                    run = Run(layers, first, exact, enters_grid, tolerance, report, self._inspected)
+                    state, log_det = _apply(value)(run, state, context, log_det)
                 first += len(layers)
             return state, log_det
         finally:
@@ -289,8 +290,8 @@ class ReversibleSequence(nn.Sequential):
         arguments = (*state, *([None] * (2 - len(state))), context)
         return (tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {}),)
 
-    def _runs(self, state: State, context: Any) -> Iterator[tuple[tuple[nn.Module, ...], tuple[str, ...]]]:
-        """Consecutive layers that are all stored (ordinary autograd), or none of them (one Function a chunk)."""
+    def _runs(self, state: State, context: Any) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+        """Consecutive layers of one value: all that are stored, one that is recomputed, a chunk to reconstruct."""
         plan = list(self.plan())
         if not torch.is_grad_enabled() or _ordinary_only():
             plan = ["store"] * len(plan)
@@ -302,14 +303,23 @@ class ReversibleSequence(nn.Sequential):
                 trainable = (any(p.requires_grad for p in layer.parameters()) for layer in self)
                 frozen = next((index for index, found in enumerate(trainable) if found), len(plan))
                 plan[:frozen] = ["store"] * frozen
-        for _, run in groupby(zip(self, plan, strict=True), key=lambda pair: pair[1] == "store"):
-            layers, values = zip(*run, strict=True)
-            size = self._chunk_size or len(layers)
+        for value, pairs in groupby(zip(plan, self, strict=True), key=itemgetter(0)):
+            layers = tuple(layer for _, layer in pairs)
+            size = 1 if value == "recompute" else self._chunk_size or len(layers)
             for first in range(0, len(layers), size):
-                yield layers[first : first + size], values[first : first + size]
+                yield value, layers[first : first + size]
 
     def extra_repr(self) -> str:
         return f"activations={self._activations!r}, exact={self._exact}"
+
+
+def _apply(value: str) -> Callable[[Run, State, Any, Tensor | None], tuple[State, Tensor | None]]:
+    if torch.compiler.is_compiling():
+        # The compiler would give the first evaluation of a branch and the second, which needs a graph, other bits.
+        from revnet.reversible.eager import recomputed_eagerly, reconstructed_eagerly
+
+        return reconstructed_eagerly if value == "reconstruct" else recomputed_eagerly
+    return reconstructed if value == "reconstruct" else recomputed
 
 
 def _can_be_exact(layer: nn.Module) -> bool:

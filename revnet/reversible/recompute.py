@@ -1,0 +1,59 @@
+"""Layers whose input is kept and that the backward pass evaluates again: torch's checkpoint, repeated to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from revnet.reversible.coupling import Coupling
+from revnet.reversible.evaluation import Evaluation, observe
+from revnet.reversible.layer import State, apply_layer, on_grid
+from revnet.reversible.run import ContextStructure, Run
+
+__all__ = ["recomputed"]
+
+
+def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> tuple[State, Tensor | None]:
+    """The output of the run's one layer, and `log_det` plus its log-determinant if it is not None.
+
+    torch's checkpoint keeps the input, and breaks the second evaluation off where nothing is left to save, ahead of a
+    block's last convolution. Ours is what makes it equal to the first: random numbers, buffers, modes and parameters;
+    running statistics count once.
+    """
+    (layer,) = run.layers
+    structure = ContextStructure(context)
+    parameters = run.parameters()
+    versions: list[tuple[Tensor, int]] = []
+    first: Evaluation | None = None
+
+    def evaluate(log_det: Tensor | None, *tensors: Tensor) -> tuple[State, Tensor | None]:
+        nonlocal first
+        state, context = tensors[: len(tensors) - structure.count], tensors[len(tensors) - structure.count :]
+
+        def apply(*state: Tensor) -> tuple[State, Tensor | None]:
+            entered = on_grid(state) if run.enters_grid else state
+            return apply_layer(layer, entered, structure.rebuild(context), log_det, run.exact)
+
+        if first is None:
+            before = [c._version for c in context]
+            result, first = observe(layer, state, apply)
+            structure.check_unchanged(context, before)
+            if run.tolerance is not None:
+                first = first.sampled(result[0])
+            versions.extend((p, p._version) for p in parameters)  # behind it: an embedding with max_norm writes to them
+            return result
+        run.check_unchanged(versions)
+        if isinstance(layer, Coupling):
+            layer.exact = run.exact  # it may have been switched since
+        with first.aliased(), first.surroundings(None):
+            result = apply(*state)
+        run.check_repeated(layer, first, result[0])
+        return result
+
+    tensors = (*state, *structure.tensors(context))
+    result: tuple[State, Tensor | None] = checkpoint(
+        evaluate, log_det, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=run.tolerance is None
+    )
+    return result
