@@ -55,8 +55,9 @@ _local = _Local()
 def is_recomputing() -> bool:
     """Whether the code that asks is being run a second time, inside a backward pass.
 
-    Forward hooks and side effects of a branch run once per evaluation, twice per training step under `recompute` and
-    `reconstruct`. A hook that must count once asks this function.
+    Forward hooks and side effects of a branch run once per evaluation: twice per training step under `reconstruct`, and
+    under `recompute` as far as the second evaluation goes, which ends where nothing is left to save. A hook that must
+    count once asks this function.
 
     Example:
         >>> from revnet import is_recomputing

@@ -47,8 +47,8 @@ def check_dtype(x: Tensor) -> None:
 
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
     """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through."""
-    if not (torch.is_grad_enabled() or is_transformed()):
-        return _rounded(h, dtype).add_(0.0)  # makes -0 a 0, as the sum below does
+    if not is_transformed():
+        return _ToGrid.apply(h, dtype)
     h = h.to(dtype)
     # Both are exact: the difference has no more digits than h.
     return h + (_rounded(h.detach(), dtype) - h.detach())
@@ -93,6 +93,22 @@ def is_transformed() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+class _ToGrid(torch.autograd.Function):
+    """Rounding that the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = h.dtype
+        ctx.set_materialize_grads(False)
+        return _rounded(h, dtype).add_(0.0)  # makes -0 a 0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        # In memory of its own: leaves take over as their .grad what they are given, and a parameter that a branch adds
+        # at its end is given a view of the same.
+        return None if grad is None else grad.to(ctx.dtype, copy=True), None
 
 
 class _OnGrid(torch.autograd.Function):

@@ -43,9 +43,9 @@ class ReversibleSequence(nn.Sequential):
     """y = layers[-1](... layers[0](x)), with a choice of what is kept for the backward pass.
 
     `activations` says what becomes of a layer's activations between the forward and the backward pass: "store" keeps
-    all that autograd saves (ordinary backpropagation), "recompute" keeps the layer's input and evaluates it again,
-    "reconstruct" keeps nothing and computes the layer's input from its output. Weights, `state_dict` and output are
-    the same under all three; gradients are equal up to the rounding of the reconstruction.
+    all that autograd saves (ordinary backpropagation), "recompute" keeps the layer's input and evaluates it again
+    (torch's checkpoint), "reconstruct" keeps nothing and computes the layer's input from its output. Weights,
+    `state_dict` and output are the same under all three; gradients are equal up to the rounding of the reconstruction.
 
     Source: Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), section 3.2, with one evaluation of each
     branch in the backward pass instead of two.
@@ -79,9 +79,8 @@ class ReversibleSequence(nn.Sequential):
             fewer of them wait; each chunk keeps its output.
 
     Memory under "reconstruct" is the sequence's output and the activations of one branch, whatever the depth. Use
-    "store" where memory is not short: it is the fastest. Under "recompute" and "reconstruct" the graph is
-    differentiated once only (`create_graph=True` raises); under torch.func, tracing and export the layers run as under
-    "store".
+    "store" where memory is not short: it is the fastest. Under "reconstruct" the graph is differentiated once only
+    (`create_graph=True` raises); under torch.func, tracing and export the layers run as under "store".
 
     Example:
         >>> import torch

@@ -6,7 +6,9 @@ from torch import nn
 
 from revnet import ReversibleSequence, is_recomputing
 from revnet.reversible import Merge, ReconstructionError, Split
-from tests.reversible.networks import BRANCHES, EXACT, MODES, VALUES, basic, blocks, curved, same, sequence, step
+from revnet.reversible.evaluation import Evaluation
+from revnet.reversible.run import Run
+from tests.reversible.networks import BRANCHES, EXACT, MODES, basic, blocks, curved, same, sequence, step
 
 
 @pytest.fixture
@@ -27,10 +29,10 @@ def test_a_parameter_changed_in_place_between_the_passes_is_named(activations, e
 
 
 @EXACT
-@pytest.mark.parametrize("activations", [*VALUES[1:], ["recompute"] * 5 + ["reconstruct"]])
+@pytest.mark.parametrize("plan", [["reconstruct"] * 6, ["recompute"] * 5 + ["reconstruct"]], ids=["all", "last"])
 @pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.detach().mul_(2)], ids=["itself", "an alias"])
-def test_an_output_modified_in_place_before_backward_is_autograds_version_error(activations, exact, change, x):
-    y = sequence(activations, exact=exact)(x)
+def test_an_output_modified_in_place_before_backward_is_autograds_version_error(plan, exact, change, x):
+    y = sequence(plan, exact=exact)(x)
     loss = y.sum()
     change(y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -39,8 +41,9 @@ def test_an_output_modified_in_place_before_backward_is_autograds_version_error(
 
 @EXACT
 @pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y.detach().mul_(2)], ids=["itself", "an alias"])
-def test_an_output_that_is_not_kept_may_be_modified_in_place(exact, change, x):
-    net = sequence(["recompute"] * 6, exact=exact)
+@pytest.mark.parametrize("activations", ["recompute", ["recompute"] * 6], ids=["value", "plan"])
+def test_an_output_that_is_not_kept_may_be_modified_in_place(activations, exact, change, x):
+    net = sequence(activations, exact=exact)
     y = net(x)
     loss = y.sum()
     change(y)
@@ -85,16 +88,25 @@ def test_a_branch_that_is_not_deterministic_is_seen_in_reconstruction_without_th
 
 
 @MODES
-def test_the_debug_switch_says_nothing_where_all_is_right_and_costs_nothing_where_it_is_off(activations, exact, x):
-    net = sequence(activations, branch=BRANCHES["dropout"], exact=exact)
+def test_the_debug_switch_says_nothing_where_all_is_right_and_costs_nothing_where_it_is_off(
+    activations, exact, x, monkeypatch
+):
+    net, compared = sequence(activations, branch=BRANCHES["dropout"], exact=exact), []
+    sampled, check = Evaluation.sampled, Run.check_repeated
 
-    def samples():
-        y, _ = step(net, x)
-        return [e.sample for trace in y.grad_fn.traces for e in trace.evaluations]
+    def checked(self, module, evaluation, result):
+        compared.append(evaluation.sample is not None)
+        check(self, module, evaluation, result)
 
-    assert set(samples()) == {None}
+    monkeypatch.setattr(Run, "check_repeated", checked)
+    monkeypatch.setattr(Evaluation, "sampled", lambda self, result: compared.append("sample") or sampled(self, result))
+    step(net, x)
+    assert set(compared) <= {False}  # perhaps asked, but nothing compared
     net.check_determinism = True
-    assert None not in samples()
+    compared.clear()
+    step(net, x)
+    evaluated = {"recompute": 4, "reconstruct": 2 * 4 + 2}[activations]  # blocks; branches, the Split and the Merge
+    assert (compared.count("sample"), compared.count(True), compared.count(False)) == (evaluated, evaluated, 0)
 
 
 @MODES
@@ -109,18 +121,19 @@ def test_backward_twice_doubles_the_gradients_and_a_freed_graph_is_torchs_own_er
         loss.backward()
 
 
-@MODES
-def test_second_derivatives_are_refused_with_the_remedy(activations, exact, x):
+@EXACT
+def test_second_derivatives_are_refused_with_the_remedy(exact, x):
     x.requires_grad_()
-    y = sequence(activations, branch=curved, exact=exact)(x).square().sum()
-    with pytest.raises(RuntimeError, match=r'differentiated twice .* switch it to activations="store"'):
+    y = sequence("reconstruct", branch=curved, exact=exact)(x).square().sum()
+    with pytest.raises(RuntimeError, match=r'differentiated twice .* switch it to activations="store" or "recompute"'):
         torch.autograd.grad(y, x, create_graph=True)
 
 
 @EXACT
-def test_second_derivatives_work_under_store(exact):
+@pytest.mark.parametrize("activations", ["store", "recompute"])
+def test_second_derivatives_work_where_nothing_is_reconstructed(activations, exact):
     x = torch.randn(1, 4, 2, 2, dtype=torch.float64, requires_grad=True)
-    net = sequence("store", 1, 2, branch=curved, exact=exact)
+    net = sequence(activations, 1, 2, branch=curved, exact=exact)
     if exact:  # finite differences see the steps of the grid; the gradients pass straight through it
         truth = sequence("store", 1, 2, branch=curved)
         found, expected = (

@@ -118,8 +118,12 @@ def test_an_exception_in_the_middle_of_a_backward_pass_leaves_the_next_step_righ
     assert all(map(torch.equal, net.buffers(), truth.buffers()))
 
 
+# A block that is recomputed is evaluated again up to the last of its four convolutions, as are stem and transitions.
+STEPS = {"recompute": (3 + 3 / 4) / 3, "reconstruct": (3 + 1) / 3}
+
+
 @MODES
-def test_flop_counter_finds_four_thirds_of_a_store_step(activations, exact):
+def test_flop_counter_finds_the_second_forward_pass(activations, exact):
     def flops(value):
         net = ReversibleSequence(blocks(4, 4), value, exact)
         halves = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -128,7 +132,7 @@ def test_flop_counter_finds_four_thirds_of_a_store_step(activations, exact):
             (y1 + y2).sum().backward()
         return counter.get_total_flops()
 
-    assert 3 * flops(activations) == 4 * flops("store") > 0
+    assert flops(activations) == STEPS[activations] * flops("store") > 0
 
 
 @MODES
@@ -138,4 +142,4 @@ def test_flop_counter_works_over_a_whole_network(activations, exact):
             revnet38(activations=value, exact=exact)(torch.randn(2, 3, 32, 32)).sum().backward()
         return counter.get_total_flops()
 
-    assert flops(activations) / flops("store") == pytest.approx(4 / 3, rel=1e-2)
+    assert flops(activations) / flops("store") == pytest.approx(STEPS[activations], rel=2e-2)

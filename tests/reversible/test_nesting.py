@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from tests.reversible.networks import BRANCHES, MODES, VALUES, same, sequence, step
+from tests.reversible.networks import BRANCHES, EXACT, MODES, VALUES, same, sequence, step
 
 
 @pytest.fixture
@@ -66,13 +66,21 @@ def test_checkpoint_inside_a_branch(activations, exact, x):
     assert same(found, truth, exact)
 
 
-@MODES
+@EXACT
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
-def test_reentrant_checkpoint_inside_a_branch_is_torchs_clear_error(activations, exact, x):
-    net = sequence(activations, exact=exact)
+def test_reentrant_checkpoint_inside_a_reconstructed_branch_is_torchs_clear_error(exact, x):
+    net = sequence("reconstruct", exact=exact)
     net[2].f = Around(net[2].f, lambda module, x: checkpoint(module, x, use_reentrant=True))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         step(net, x)
+
+
+@EXACT
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+def test_reentrant_checkpoint_inside_a_recomputed_branch_has_the_gradients_of_store(exact, x):
+    net = sequence("recompute", exact=exact)
+    net[2].f = Around(net[2].f, lambda module, x: checkpoint(module, x, use_reentrant=True))
+    assert all(map(torch.equal, step(net, x)[1], step(sequence("store", exact=exact), x)[1]))
 
 
 @MODES

@@ -68,9 +68,21 @@ def test_each_branch_is_evaluated_once_in_the_backward_pass(activations, exact, 
     net, counts = sequence(activations, depth=3, exact=exact), {}
     for block in net[1:-1]:
         for branch in (block.f, block.g):
-            branch.register_forward_hook(lambda module, *_: counts.setdefault(module, []).append(is_recomputing()))
+            branch.register_forward_pre_hook(lambda module, _: counts.setdefault(module, []).append(is_recomputing()))
     step(net, x)
     assert list(counts.values()) == [[False] if activations == "store" else [False, True]] * 6
+
+
+@EXACT
+def test_the_second_evaluation_of_a_recomputed_block_ends_ahead_of_its_last_convolution(exact, x):
+    net, ended = sequence("recompute", depth=1, exact=exact), []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, *_: ended.append(module) if is_recomputing() else None)
+    step(net, x)
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) > 1
+    assert ended == convolutions[:-1]
 
 
 class PowerIteration(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 
 from revnet import AdditiveCoupling, ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split
-from tests.reversible.networks import EXACT, MODES, same
+from tests.reversible.networks import EVERY, EXACT, MODES, same
 
 C = 6
 
@@ -55,15 +55,17 @@ class Positions(nn.Module):
         return x.tanh() + self.flat.view(4, C) + self.table
 
 
-@MODES
+@EVERY
+@EXACT
 def test_no_two_gradients_share_memory(activations, exact):
-    network = blocks_of(Positions, activations, exact)
-    gradients(network, halves())
-    storages = [p.grad.untyped_storage().data_ptr() for p in network.parameters()]
+    network, inputs = blocks_of(Positions, activations, exact), halves()
+    gradients(network, inputs)
+    storages = [t.grad.untyped_storage().data_ptr() for t in (*network.parameters(), *inputs)]
     assert len(set(storages)) == len(storages)
 
 
-@MODES
+@EVERY
+@EXACT
 def test_gradients_that_equal_one_another_accumulate_and_are_clipped_once(activations, exact):
     network, inputs = blocks_of(Positions, activations, exact), halves()
     for _ in range(3):
@@ -131,8 +133,8 @@ def test_a_buffer_that_requires_grad_gets_the_gradient_of_store(activations, exa
     assert same(found[0][2:], found[1][2:], exact)
 
 
-@MODES
-def test_a_tensor_that_is_used_from_the_second_step_on_is_found_too(activations, exact):
+@EXACT
+def test_a_tensor_that_is_used_from_the_second_step_on_is_found_too(exact):
     class Later(nn.Module):
         def __init__(self):
             super().__init__()
@@ -142,7 +144,7 @@ def test_a_tensor_that_is_used_from_the_second_step_on_is_found_too(activations,
         def forward(self, x):
             return self.inner(x) * self.hidden[0]
 
-    network = blocks_of(Later, activations, exact)
+    network = blocks_of(Later, "reconstruct", exact)
     gradients(network, halves())
     network[0].f.hidden[0].requires_grad_()
     with pytest.raises(TypeError, match=r"uses a tensor of shape \(6,\) that requires grad and is none of its"):
@@ -348,10 +350,10 @@ def test_the_sign_of_zero_is_that_of_store(activations):
     assert all(torch.equal(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
 
 
-@pytest.mark.parametrize("last", ["recompute", "reconstruct"])
-def test_what_no_gradient_reaches_gets_none_as_under_store(last):
+def test_what_no_gradient_reaches_gets_none_as_under_store():
     torch.manual_seed(0)
-    network = ReversibleSequence([ReversibleBlock(linear(), linear()) for _ in range(2)], ["store", last], exact=True)
+    layers = [ReversibleBlock(linear(), linear()) for _ in range(2)]
+    network = ReversibleSequence(layers, ["store", "reconstruct"], exact=True)
     network.forward_and_log_det(*halves())[1].sum().backward()  # a constant, but for its graph
     assert all(p.grad is None for p in network.parameters())
 
@@ -380,5 +382,53 @@ def test_a_branch_that_sets_its_generator_back_draws_the_same_again(activations,
 
 def test_evaluations_that_draw_nothing_share_one_copy_of_the_generators_state():
     outputs = blocks_of(linear, "reconstruct", True)(*halves())
-    states = {id(e.random[0]) for trace in outputs[0].grad_fn.traces for e in trace.evaluations}
+    states = {id(e.random[0]) for evaluations in outputs[0].grad_fn.evaluations for e in evaluations}
     assert len(states) == 1
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = linear(), linear()
+
+
+class SideChannel(Inner):
+    """Leaves a loss of its own in an attribute."""
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        self.loss = h.square().mean()
+        return self.last(h.sigmoid())
+
+
+class Differentiates(Inner):
+    """A branch of the gradient of an energy."""
+
+    def forward(self, x):
+        leaf = x if x.requires_grad else x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.first(leaf).tanh().sum(), leaf, create_graph=True)
+        return self.last(gradient)
+
+
+class BiasedAttention(Inner):
+    """torch chooses another kernel for it where it need give no gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+
+    def forward(self, x):
+        h = self.first(x)[None, None]
+        return self.last(F.scaled_dot_product_attention(h, h, h, attn_mask=self.bias)[0, 0])
+
+
+@EXACT
+@pytest.mark.parametrize("branch", [SideChannel, Differentiates, BiasedAttention])
+def test_what_cannot_be_reconstructed_is_recomputed_with_the_gradients_of_store(branch, exact):
+    inputs, found = halves(batch=8), []
+    for activations in ("store", "recompute"):
+        network, own = blocks_of(branch, activations, exact), [x.detach().requires_grad_() for x in inputs]
+        total = loss(network(*own)) + sum(m.loss for m in network.modules() if isinstance(m, SideChannel))
+        total.backward()
+        found.append([t.grad for t in (*network.parameters(), *own)])
+    assert all(map(torch.equal, *found))
