@@ -74,9 +74,9 @@ class ReversibleSequence(nn.Sequential):
         check_determinism: True compares a few values of what a branch (a recomputed layer) returns in the backward pass
             with those of the forward pass and raises RuntimeError, naming it, where they differ by more than
             `watch.warn_above` allows. It waits for the device at every branch: for debugging. False by default.
-        chunk_size: after how many layers the backward pass hands over the gradients that it has; None, the default, for
-            all at its end. With 4, say, DistributedDataParallel averages them while the backward pass goes on, and
-            fewer of them wait; each chunk keeps its output.
+        chunk_size: after how many reconstructed layers the backward pass hands over the gradients that it has; None,
+            the default, for all at the end of a stretch of them. With 4, say, DistributedDataParallel averages them
+            while the backward pass goes on, and fewer of them wait; each chunk keeps its output.
 
     Memory under "reconstruct" is the sequence's output and the activations of one branch, whatever the depth. Use
     "store" where memory is not short: it is the fastest. Under "reconstruct" the graph is differentiated once only

@@ -34,6 +34,16 @@ def test_float64_gradients_equal_store(activations, exact, branch, x):
     assert same(found, truth, exact)
 
 
+@pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_recomputed_gradients_are_those_of_store_to_the_bit_without_the_grid_too(branch, autocast):
+    x, found = torch.randn(4, 8, 6, 6), []
+    for activations in ("store", "recompute"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(step(sequence(activations, 4, 4, branch, torch.float32, exact=False), x)[1])
+    assert all(map(torch.equal, *found))
+
+
 @MODES
 def test_float32_gradients_of_16_units_equal_store(activations, exact):
     x = torch.randn(8, 16, 8, 8)
