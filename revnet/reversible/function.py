@@ -15,7 +15,7 @@ from revnet.reversible.coupling import Coupling
 from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Evaluation, observe, recording
 from revnet.reversible.halves import Rearrangement
-from revnet.reversible.layer import State, apply_layer, on_grid
+from revnet.reversible.layer import State, apply_layer, as_state, on_grid
 from revnet.reversible.replay import Replay
 from revnet.reversible.run import ContextStructure, Run
 
@@ -68,11 +68,12 @@ class _ReversibleFunction(torch.autograd.Function):
         context = job.context.rebuild(context_tensors)
         ctx.autocast = Autocast.current(state[0].device)
         ctx.set_materialize_grads(False)
-        watched = any(not isinstance(layer, Rearrangement) for layer in job.run.layers)
-        ctx.sample = Sample(state, job.run.exact) if watched else None
         ctx.evaluations = []  # for each layer those of its branches, or its own
-        for layer in job.run.layers:
-            if isinstance(layer, Coupling):
+        ctx.begins, ctx.sample = len(job.run.layers), None
+        for index, layer in enumerate(job.run.layers):
+            if ctx.sample is None and not isinstance(layer, Rearrangement):
+                ctx.begins, ctx.sample = index, Sample(state, job.run.exact)
+            if isinstance(layer, Coupling | Rearrangement):
                 _check_hooks(layer)
                 with recording(job.run.tolerance is not None) as evaluations, _unchanged_by_hooks(layer, state):
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
@@ -115,7 +116,10 @@ class _ReversibleFunction(torch.autograd.Function):
         for index in reversed(range(len(job.run.layers))):
             layer, evaluations = job.run.layers[index], ctx.evaluations[index]
             wanted = needs if index == 0 else None
-            if isinstance(layer, Coupling):
+            if isinstance(layer, Rearrangement):
+                # What was moved ahead of the first layer that computes is not needed any more.
+                replay.reverse_rearrangement(layer, state, grads, needed=index > ctx.begins)
+            elif isinstance(layer, Coupling):
                 steps = list(zip(layer.moves(), evaluations, strict=True))
                 while steps:
                     step, evaluation = steps.pop()
@@ -123,8 +127,8 @@ class _ReversibleFunction(torch.autograd.Function):
                     replay.reverse_step(step, evaluation, state, grads, needed)
             else:
                 replay.reverse_layer(layer, evaluations[0], state, grads, wanted)
-        if ctx.sample is not None:
-            job.run.report(ctx.sample.error(tuple(state)))
+            if index == ctx.begins:
+                job.run.report(ctx.sample.error(tuple(state)))
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
         flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.trainable)]
@@ -140,8 +144,8 @@ def _observed(
     return output, log_det, evaluation if run.tolerance is None else evaluation.sampled(output)
 
 
-def _check_hooks(layer: Coupling) -> None:
-    if type(layer).forward is not Coupling.forward:
+def _check_hooks(layer: Coupling | Rearrangement) -> None:
+    if isinstance(layer, Coupling) and type(layer).forward is not Coupling.forward:
         raise TypeError(
             f"{type(layer).__name__} has a `forward` of its own, which could not be undone where the layer is "
             f'reconstructed; say all that it does in `steps`, or give it "recompute" or "store"'
@@ -149,12 +153,12 @@ def _check_hooks(layer: Coupling) -> None:
     if layer._backward_hooks or layer._backward_pre_hooks:
         raise ValueError(
             f"{type(layer).__name__} has a backward hook, which would not run where the layer is reconstructed; "
-            f'register it on its branches, or give the layer "recompute" or "store"'
+            f'register it on a branch, or give the layer "recompute" or "store"'
         )
 
 
 @contextmanager
-def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
+def _unchanged_by_hooks(layer: nn.Module, state: State) -> Iterator[None]:
     """ValueError if forward hooks of the layer put something in the place of its input or output.
 
     It would be missing where the layer is undone, step by step.
@@ -170,7 +174,8 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
     ):
         yield
     # Empty where a log-determinant is asked for: hooks do not run then.
-    pairs = [(seen["inputs"], state), (seen["output"], seen["returned"])] if seen else []
+    outputs = [as_state(seen[key], layer) for key in ("output", "returned") if seen]
+    pairs = [(seen["inputs"], state), outputs] if seen else []
     if any(a is not b for found, given in pairs for a, b in zip(found, given, strict=True)):
         raise ValueError(
             f"a forward hook of {type(layer).__name__} changes its input or output, which could not be undone where "
@@ -178,7 +183,7 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
         )
 
 
-def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:
+def _check_all_in_branches(layer: nn.Module, evaluations: list[Evaluation]) -> None:
     covered = {id(p) for e in evaluations for _, _, p in e.parameters}
     for name, parameter in layer.named_parameters():
         if id(parameter) not in covered:

@@ -68,7 +68,10 @@ def merge_halves(x1: Tensor, x2: Tensor, dim: int = 1) -> Tensor:
 
 
 class Rearrangement(nn.Module):
-    """A layer that moves values and changes none: its inverse is exact, at no cost, and its log-determinant 0."""
+    """A layer that moves values and changes none: its inverse is exact, at no cost, and its log-determinant 0.
+
+    Gradients are moved back as the values are, so `inverse` must do for both.
+    """
 
 
 class Split(Rearrangement):

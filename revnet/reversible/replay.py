@@ -79,6 +79,22 @@ class Replay:
         # In autograd's order: of two memory formats the sum takes the first one's.
         grads[other] = _sum(grads[other], products[-1])
 
+    def reverse_rearrangement(
+        self, layer: Rearrangement, state: list[Tensor], grads: list[Tensor | None], needed: bool
+    ) -> None:
+        """Moves `state`, where it is still needed, and `grads` back to where they came from."""
+        missing = [g is None for g in grads]
+        if any(missing) and not all(missing):
+            grads[:] = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, state, strict=True)]
+        if needed or all(missing):
+            before = {_address(x) for x in state}
+            state[:] = invert_layer(layer, tuple(state), self.context)
+            self.made = [_address(x) not in before for x in state]
+        if all(missing):
+            grads[:] = [None] * len(state)
+        else:
+            grads[:] = invert_layer(layer, tuple(g for g in grads if g is not None), self.context)
+
     def reverse_layer(
         self,
         layer: nn.Module,
@@ -89,10 +105,8 @@ class Replay:
     ) -> None:
         """Reconstructs the input of a layer by its inverse, then differentiates the layer there."""
         with evaluation.aliased(), evaluation.surroundings(self.autocast):
-            before = {_address(x) for x in state}
             state[:] = invert_layer(layer, tuple(state), self.context)
-            # Any other layer might hold what it returns.
-            self.made = [isinstance(layer, Rearrangement) and _address(x) not in before for x in state]
+        self.made = [False] * len(state)  # the layer might hold what it returns
         with evaluation.aliased() as aliases:
             leaves = [
                 x.detach().requires_grad_(is_differentiable(x) and (needs is None or needs[i]))

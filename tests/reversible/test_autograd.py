@@ -105,7 +105,7 @@ def test_the_debug_switch_says_nothing_where_all_is_right_and_costs_nothing_wher
     net.check_determinism = True
     compared.clear()
     step(net, x)
-    evaluated = {"recompute": 4, "reconstruct": 2 * 4 + 2}[activations]  # blocks; branches, the Split and the Merge
+    evaluated = {"recompute": 4, "reconstruct": 2 * 4}[activations]  # blocks; branches
     assert (compared.count("sample"), compared.count(True), compared.count(False)) == (evaluated, evaluated, 0)
 
 
@@ -202,7 +202,7 @@ def test_backward_hooks_of_blocks_that_are_not_reconstructed_run_once(activation
 def test_backward_hooks_of_reconstructed_blocks_are_refused_with_the_remedy(exact, register, x):
     net = sequence("reconstruct", exact=exact)
     getattr(net[3], register)(lambda *_: None)
-    remedy = r'ReversibleBlock has a backward hook.*on its branches, or give the layer "recompute" or "store"'
+    remedy = r'ReversibleBlock has a backward hook.*on a branch, or give the layer "recompute" or "store"'
     with pytest.raises(ValueError, match=remedy):
         net(x)
 

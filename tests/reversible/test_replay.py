@@ -74,6 +74,18 @@ def test_each_branch_is_evaluated_once_in_the_backward_pass(activations, exact, 
 
 
 @EXACT
+def test_splits_and_merges_are_not_evaluated_again_and_the_input_is_not_put_together_again(exact, x, monkeypatch):
+    net, evaluated = sequence("reconstruct", depth=1, exact=exact), []
+    for layer in (net[0], net[-1]):
+        layer.register_forward_pre_hook(lambda module, _: evaluated.append(module))
+    inverse = Split.inverse
+    monkeypatch.setattr(Split, "inverse", lambda self, *halves: evaluated.append("inverse") or inverse(self, *halves))
+    _, found = step(net, x)
+    assert evaluated == [net[0], net[-1], "inverse"]  # of the gradients
+    assert same(found, step(sequence("store", depth=1, exact=exact), x)[1], exact)
+
+
+@EXACT
 def test_the_second_evaluation_of_a_recomputed_block_ends_ahead_of_its_last_convolution(exact, x):
     net, ended = sequence("recompute", depth=1, exact=exact), []
     for module in net.modules():
