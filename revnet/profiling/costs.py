@@ -86,12 +86,12 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
 def _cost(slot: Slot, index: int, steps: dict[str, _Step], values: dict[str, str]) -> LayerCost:
     stored = steps["store"]
     forward, state = stored.traffic[index], stored.input_bytes[index]
-    again = {"store": 0.0, "recompute": forward, "reconstruct": forward + 3.0 * state}
     seconds: dict[str, float] = {}
     working: dict[str, int] = {}
     inner: dict[str, int] = {}
     for uniform, value in values.items():
-        seconds[value] = 3 * forward + again[value]
+        again = {"store": 0, "recompute": steps[uniform].again[index], "reconstruct": forward + 3 * state}
+        seconds[value] = 3.0 * forward + again[value]
         working[value] = max(working.get(value, 0), steps[uniform].working(index))
         inner[value] = max(inner.get(value, 0), steps[uniform].inner[index])
     starts = slot.index in (0, None)
@@ -103,6 +103,7 @@ class _Step(MemoryTimeline):
 
     Attributes:
         traffic: for each layer the time of its forward pass, in bytes that could be moved meanwhile.
+        again: the same of what is done again for a recomputed layer, which ends ahead of a block's last convolution.
         input_bytes: for each layer the bytes of its input.
         kept_inputs: how many of them live between the passes.
         inner: for each layer the bytes of what else was born in its forward pass and lives between the passes.
@@ -110,7 +111,7 @@ class _Step(MemoryTimeline):
 
     def __init__(self, found: Sequence[Slot], known: Sequence[Tensor]) -> None:
         super().__init__(known)
-        self.traffic, self.input_bytes, self.kept_inputs, self.inner = ([0] * len(found) for _ in range(4))
+        self.traffic, self.again, self.input_bytes, self.kept_inputs, self.inner = ([0] * len(found) for _ in range(5))
         self._found = found
         self._stretches = [(0, 0)]  # (moment, number of the layer that runs from there on)
         self._inputs: dict[int | None, int] = {}  # layers by the numbers of the storages that are their inputs
@@ -133,12 +134,13 @@ class _Step(MemoryTimeline):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self._forward and not func.is_view:
+        if (self._forward or is_recomputing()) and not func.is_view:
             tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             moved = sum(t.nbytes for t in tensors)
             flops = flop_registry.get(func.overloadpacket)
             arithmetic = 0 if flops is None else flops(*args, **(kwargs or {}), out_val=result)
-            self.traffic[self._stretches[-1][1]] += max(moved, arithmetic // FLOPS_PER_BYTE)
+            times = self.traffic if self._forward else self.again
+            times[self._stretches[-1][1]] += max(moved, arithmetic // FLOPS_PER_BYTE)
         return result
 
     def turn(self) -> None:

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Slot = tuple[nn.Module, str, Tensor]
+Slot = tuple[nn.Module, str, Tensor, bool]
 _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
@@ -115,7 +115,8 @@ class Evaluation:
         owners: the modules of the branch or layer that hold parameters or buffers.
         modes: every module of it, with whether it was in training mode.
         parameters: every place that held a parameter, or a buffer that requires grad, with the tensor it held at the
-            time; under `torch.func.functional_call` that is not the one the module holds later.
+            time (under `torch.func.functional_call` that is not the one the module holds later), and whether that one
+            required grad then.
         buffers: values before the first evaluation of the buffers that it changed and that its result may depend on.
         unchanged: the other buffers, and how often they had been changed in place.
         random: states of the random generators before it; whether it drew cannot be told from those behind it, which
@@ -161,9 +162,9 @@ class Evaluation:
         try:
             for module, training in switched:
                 module.training = training
-            for owner, name, parameter in self.parameters:
+            for owner, name, parameter, needs_grad in self.parameters:
                 if id(parameter) not in aliases:
-                    aliases[id(parameter)] = _alias(parameter)
+                    aliases[id(parameter)] = _alias(parameter, needs_grad)
                 table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
                 restore.append((table, name, table[name]))
                 table[name] = aliases[id(parameter)]
@@ -204,12 +205,12 @@ class Evaluation:
         return _random_replayed(self.random, self.device, surrounded)
 
 
-def _alias(parameter: Tensor) -> Tensor:
+def _alias(parameter: Tensor, needs_grad: bool) -> Tensor:
     """A leaf in the place of `parameter`, with its attributes; one that requires no grad has no hooks to set off."""
-    if not parameter.requires_grad:
+    if not (needs_grad or parameter.requires_grad):
         return parameter
     # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
-    alias = nn.Parameter(parameter)  # which detaches it
+    alias = nn.Parameter(parameter, needs_grad)  # which detaches it
     if parameter.__dict__:
         alias.__dict__.update(parameter.__dict__)
     return alias
@@ -256,8 +257,13 @@ def parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, b) for name, b in module._buffers.items() if b is not None and b.requires_grad)
 
 
-def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple[T, Evaluation]:
-    """Runs `compute(*state)`, the first evaluation of `module`, and notes what a second one needs."""
+def observe(
+    module: nn.Module, state: State, compute: Callable[..., T], begins: Callable[[Evaluation], None] | None = None
+) -> tuple[T, Evaluation]:
+    """Runs `compute(*state)`, the first evaluation of `module`, and notes what a second one needs.
+
+    `begins` is told at its beginning what a second one would need while the first is not over.
+    """
     device = state[0].device
     tape, _local.tape = _local.tape, None
     modules = modules_in(module)
@@ -269,6 +275,9 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
         has_graph = torch.is_grad_enabled()
         with_graph = has_graph or any(map(_depends_on_grad_mode, modules))
         versions = [_version(x) for x in state]
+        if begins is not None:
+            copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
+            begins(Evaluation(owners, modes, _slots(owners), copies, (), random, device, with_graph))
         result = _as_second(compute, state) if with_graph and not has_graph else compute(*state)
     finally:
         _local.tape = tape
@@ -282,8 +291,11 @@ def observe(module: nn.Module, state: State, compute: Callable[..., T]) -> tuple
     )
     kept = {(id(owner), name) for owner, name, _ in changed}
     unchanged = tuple((o, n, value, v) for o, n, value, _, v in buffers if (id(o), n) not in kept)
-    slots = tuple((m, n, p) for m in owners for n, p in parameters_of(m))
-    return result, Evaluation(owners, modes, slots, changed, unchanged, random, device, with_graph)
+    return result, Evaluation(owners, modes, _slots(owners), changed, unchanged, random, device, with_graph)
+
+
+def _slots(owners: Iterable[nn.Module]) -> tuple[Slot, ...]:
+    return tuple([(m, n, p, p.requires_grad) for m in owners for n, p in parameters_of(m)])
 
 
 def _depends_on_grad_mode(module: nn.Module) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Coupling
 from revnet.reversible.drift import Sample
-from revnet.reversible.evaluation import Evaluation, observe, recording
+from revnet.reversible.evaluation import Evaluation, modules_in, observe, recording
 from revnet.reversible.halves import Rearrangement
-from revnet.reversible.layer import State, apply_layer, as_state, on_grid
+from revnet.reversible.layer import State, apply_layer, on_grid
 from revnet.reversible.replay import Replay
 from revnet.reversible.run import ContextStructure, Run
 
@@ -71,9 +71,12 @@ class _ReversibleFunction(torch.autograd.Function):
         ctx.evaluations = []  # for each layer those of its branches, or its own
         ctx.begins, ctx.sample = len(job.run.layers), None
         for index, layer in enumerate(job.run.layers):
-            if ctx.sample is None and not isinstance(layer, Rearrangement):
+            moves_only = _moves_only(layer)
+            if ctx.sample is None and not moves_only:
                 ctx.begins, ctx.sample = index, Sample(state, job.run.exact)
-            if isinstance(layer, Coupling | Rearrangement):
+            if moves_only:
+                (state, log_det), evaluations = apply_layer(layer, state, context, log_det), []
+            elif isinstance(layer, Coupling):
                 _check_hooks(layer)
                 with recording(job.run.tolerance is not None) as evaluations, _unchanged_by_hooks(layer, state):
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
@@ -116,7 +119,7 @@ class _ReversibleFunction(torch.autograd.Function):
         for index in reversed(range(len(job.run.layers))):
             layer, evaluations = job.run.layers[index], ctx.evaluations[index]
             wanted = needs if index == 0 else None
-            if isinstance(layer, Rearrangement):
+            if not evaluations:
                 # What was moved ahead of the first layer that computes is not needed any more.
                 replay.reverse_rearrangement(layer, state, grads, needed=index > ctx.begins)
             elif isinstance(layer, Coupling):
@@ -144,8 +147,16 @@ def _observed(
     return output, log_det, evaluation if run.tolerance is None else evaluation.sampled(output)
 
 
-def _check_hooks(layer: Coupling | Rearrangement) -> None:
-    if isinstance(layer, Coupling) and type(layer).forward is not Coupling.forward:
+def _moves_only(layer: nn.Module) -> bool:
+    """Whether a layer is a rearrangement that has nothing to repeat: no state and no hooks."""
+    return isinstance(layer, Rearrangement) and not any(
+        m._parameters or m._buffers or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+        for m in modules_in(layer)
+    )
+
+
+def _check_hooks(layer: Coupling) -> None:
+    if type(layer).forward is not Coupling.forward:
         raise TypeError(
             f"{type(layer).__name__} has a `forward` of its own, which could not be undone where the layer is "
             f'reconstructed; say all that it does in `steps`, or give it "recompute" or "store"'
@@ -153,12 +164,12 @@ def _check_hooks(layer: Coupling | Rearrangement) -> None:
     if layer._backward_hooks or layer._backward_pre_hooks:
         raise ValueError(
             f"{type(layer).__name__} has a backward hook, which would not run where the layer is reconstructed; "
-            f'register it on a branch, or give the layer "recompute" or "store"'
+            f'register it on its branches, or give the layer "recompute" or "store"'
         )
 
 
 @contextmanager
-def _unchanged_by_hooks(layer: nn.Module, state: State) -> Iterator[None]:
+def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
     """ValueError if forward hooks of the layer put something in the place of its input or output.
 
     It would be missing where the layer is undone, step by step.
@@ -174,8 +185,7 @@ def _unchanged_by_hooks(layer: nn.Module, state: State) -> Iterator[None]:
     ):
         yield
     # Empty where a log-determinant is asked for: hooks do not run then.
-    outputs = [as_state(seen[key], layer) for key in ("output", "returned") if seen]
-    pairs = [(seen["inputs"], state), outputs] if seen else []
+    pairs = [(seen["inputs"], state), (seen["output"], seen["returned"])] if seen else []
     if any(a is not b for found, given in pairs for a, b in zip(found, given, strict=True)):
         raise ValueError(
             f"a forward hook of {type(layer).__name__} changes its input or output, which could not be undone where "
@@ -183,8 +193,8 @@ def _unchanged_by_hooks(layer: nn.Module, state: State) -> Iterator[None]:
         )
 
 
-def _check_all_in_branches(layer: nn.Module, evaluations: list[Evaluation]) -> None:
-    covered = {id(p) for e in evaluations for _, _, p in e.parameters}
+def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:
+    covered = {id(p) for e in evaluations for _, _, p, _ in e.parameters}
     for name, parameter in layer.named_parameters():
         if id(parameter) not in covered:
             raise TypeError(

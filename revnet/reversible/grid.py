@@ -46,7 +46,7 @@ def check_dtype(x: Tensor) -> None:
 
 
 def to_grid(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient passes straight through."""
+    """`h` in `dtype`, rounded to the nearest multiple of the grid's step; its gradient is passed on, as a copy."""
     if not is_transformed():
         return _ToGrid.apply(h, dtype)
     h = h.to(dtype)

@@ -27,8 +27,14 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
     parameters = run.parameters()
     versions: list[tuple[Tensor, int]] = []
     first: Evaluation | None = None
+    failures: list[BaseException] = []
 
-    def evaluate(log_det: Tensor | None, *tensors: Tensor) -> tuple[State, Tensor | None]:
+    def begins(evaluation: Evaluation) -> None:
+        # A branch that differentiates inside itself is evaluated again before its first evaluation is over.
+        nonlocal first
+        first = evaluation
+
+    def evaluate(log_det: Tensor | None, *tensors: Tensor) -> tuple[State, Tensor | None] | None:
         nonlocal first
         state, context = tensors[: len(tensors) - structure.count], tensors[len(tensors) - structure.count :]
 
@@ -38,8 +44,12 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
 
         if first is None:
             before = [c._version for c in context]
-            result, first = observe(layer, state, apply)
-            structure.check_unchanged(context, before)
+            try:
+                result, first = observe(layer, state, apply, begins)
+                structure.check_unchanged(context, before)
+            except BaseException as failure:
+                failures.append(failure)  # raised below: torch 2.11 keeps its hooks in place where this raises
+                return None
             if run.tolerance is not None:
                 first = first.sampled(result[0])
             versions.extend((p, p._version) for p in parameters)  # behind it: an embedding with max_norm writes to them
@@ -53,7 +63,9 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
         return result
 
     tensors = (*state, *structure.tensors(context))
-    result: tuple[State, Tensor | None] = checkpoint(
+    result = checkpoint(
         evaluate, log_det, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=run.tolerance is None
     )
+    if result is None:
+        raise failures[0]
     return result

@@ -11,7 +11,6 @@ from torch.autograd.graph import get_gradient_edge
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Addition, Step
 from revnet.reversible.evaluation import Evaluation, call, is_differentiable
-from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import apply_layer, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
@@ -73,25 +72,28 @@ class Replay:
                 outputs, leaves = [(y, grad), (term, self.grad_log_det)], [before, x]
                 del y, term
             del h
-            products = self._product(evaluation, outputs, leaves, aliases)
+            products = self._product(outputs, leaves, aliases)
         if not isinstance(step.rule, Addition):
             grads[moved] = products[0]
         # In autograd's order: of two memory formats the sum takes the first one's.
         grads[other] = _sum(grads[other], products[-1])
 
     def reverse_rearrangement(
-        self, layer: Rearrangement, state: list[Tensor], grads: list[Tensor | None], needed: bool
+        self, layer: nn.Module, state: list[Tensor], grads: list[Tensor | None], needed: bool
     ) -> None:
         """Moves `state`, where it is still needed, and `grads` back to where they came from."""
         missing = [g is None for g in grads]
-        if any(missing) and not all(missing):
-            grads[:] = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, state, strict=True)]
-        if needed or all(missing):
+        if needed or any(missing):
             before = {_address(x) for x in state}
             state[:] = invert_layer(layer, tuple(state), self.context)
             self.made = [_address(x) not in before for x in state]
         if all(missing):
             grads[:] = [None] * len(state)
+        elif any(missing):  # which inputs that reaches is for autograd to say
+            leaves = [x.detach().requires_grad_(is_differentiable(x)) for x in state]
+            with torch.enable_grad():
+                output, _ = apply_layer(layer, tuple(x.view_as(x) for x in leaves), self.context)
+            grads[:] = self._product([*zip(output, grads, strict=True)], leaves, {})
         else:
             grads[:] = invert_layer(layer, tuple(g for g in grads if g is not None), self.context)
 
@@ -124,11 +126,10 @@ class Replay:
             del output, log_det
             roots = _handed_over(outputs)
             del outputs
-            grads.extend(self._product(evaluation, roots, leaves, aliases))
+            grads.extend(self._product(roots, leaves, aliases))
 
     def _product(
         self,
-        evaluation: Evaluation,
         outputs: list[tuple[Any, Tensor | None]],
         leaves: list[Tensor],
         aliases: dict[int, Tensor],

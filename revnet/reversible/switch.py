@@ -156,7 +156,7 @@ def set_activations(module: nn.Module, activations: Activations) -> None:
 
 
 def set_chunk_size(module: nn.Module, chunk_size: int | None) -> None:
-    """Sets after how many layers the backward pass of every sequence hands over the gradients that it has.
+    """Sets after how many reconstructed layers the backward pass of every sequence hands over the gradients it has.
 
     For training in several processes, which average gradients while the backward pass goes on: see `chunk_size` of
     `ReversibleSequence`. In one process it only costs memory: each chunk keeps its output.

@@ -202,7 +202,7 @@ def test_backward_hooks_of_blocks_that_are_not_reconstructed_run_once(activation
 def test_backward_hooks_of_reconstructed_blocks_are_refused_with_the_remedy(exact, register, x):
     net = sequence("reconstruct", exact=exact)
     getattr(net[3], register)(lambda *_: None)
-    remedy = r'ReversibleBlock has a backward hook.*on a branch, or give the layer "recompute" or "store"'
+    remedy = r'ReversibleBlock has a backward hook.*on its branches, or give the layer "recompute" or "store"'
     with pytest.raises(ValueError, match=remedy):
         net(x)
 

@@ -58,7 +58,7 @@ def test_a_branch_that_draws_keeps_at_most_six_kilobytes(activations, exact, bra
     monkeypatch.setattr(Evaluation, "__init__", init)
     net(torch.randn(2, 8, 4, 4))
     states = {id(e.random): e.random for e in evaluations}
-    assert len(states) == len(evaluations) == (8 if activations == "recompute" else 2 * 8)  # blocks; branches
+    assert len(states) == (8 if activations == "recompute" else 2 * 8)  # blocks; branches
     assert all(0 < sum(s.untyped_storage().nbytes() for s in kept) <= 6 * 1024 for kept in states.values())
 
 

@@ -76,12 +76,17 @@ def test_each_branch_is_evaluated_once_in_the_backward_pass(activations, exact, 
 @EXACT
 def test_splits_and_merges_are_not_evaluated_again_and_the_input_is_not_put_together_again(exact, x, monkeypatch):
     net, evaluated = sequence("reconstruct", depth=1, exact=exact), []
-    for layer in (net[0], net[-1]):
-        layer.register_forward_pre_hook(lambda module, _: evaluated.append(module))
-    inverse = Split.inverse
-    monkeypatch.setattr(Split, "inverse", lambda self, *halves: evaluated.append("inverse") or inverse(self, *halves))
+    methods = {(kind, name): getattr(kind, name) for kind in (Split, Merge) for name in ("forward", "inverse")}
+    for kind, name in methods:
+
+        def noting(self, *state, note=(kind, name), method=methods[kind, name], **kwargs):
+            evaluated.append(note)
+            return method(self, *state, **kwargs)
+
+        monkeypatch.setattr(kind, name, noting)
     _, found = step(net, x)
-    assert evaluated == [net[0], net[-1], "inverse"]  # of the gradients
+    # Of the Merge state and gradients are moved back, of the Split the gradients alone.
+    assert evaluated == [(Split, "forward"), (Merge, "forward"), *[(Merge, "inverse")] * 2, (Split, "inverse")]
     assert same(found, step(sequence("store", depth=1, exact=exact), x)[1], exact)
 
 

@@ -432,3 +432,72 @@ def test_what_cannot_be_reconstructed_is_recomputed_with_the_gradients_of_store(
         total.backward()
         found.append([t.grad for t in (*network.parameters(), *own)])
     assert all(map(torch.equal, *found))
+
+
+class DifferentiatesWhatItDraws(nn.Module):
+    """Draws and counts ahead of the gradient that it takes within itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm1d(C, dtype=torch.float64), linear()
+
+    def forward(self, x):
+        energy = F.dropout(self.inner(self.norm(x)), 0.5).tanh().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@EXACT
+def test_a_recomputed_branch_that_differentiates_inside_itself_draws_and_counts_once(exact):
+    inputs, found = halves(), []
+    for activations in ("store", "recompute"):
+        network = blocks_of(DifferentiatesWhatItDraws, activations, exact)
+        own = [x.detach().requires_grad_() for x in inputs]
+        torch.manual_seed(3)
+        outputs = network(*own)
+        loss(outputs).backward()
+        found.append([*outputs, *(t.grad for t in (*network.parameters(), *own)), *network.buffers(), torch.rand(3)])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Scaled(nn.Module):
+    """Its weights have the shape of what is computed with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4, C), 2.0, dtype=torch.float64))
+
+    def forward(self, x):
+        return (x * self.weight).sin()
+
+
+@MODES
+@pytest.mark.parametrize("trained", [False, True], ids=["unfrozen", "frozen"])
+def test_a_parameter_that_is_frozen_or_unfrozen_between_the_passes(activations, exact, trained):
+    inputs, found = halves(), []
+    for value in (activations, "store"):
+        network, own = blocks_of(Scaled, value, exact), [x.detach().requires_grad_() for x in inputs]
+        network.requires_grad_(trained)
+        total = loss(network(*own))
+        network.requires_grad_(not trained)
+        total.backward()
+        found.append([x.grad for x in own])
+    assert same(*found, exact)
+
+
+@MODES
+def test_a_forward_pass_that_raises_leaves_nothing_behind(activations, exact):
+    class Raises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, x):
+            self.inner(x)
+            raise ArithmeticError("planned")
+
+    with pytest.raises(ArithmeticError, match="planned") as caught:
+        blocks_of(Raises, activations, exact)(*halves())
+    weight = torch.ones(3, requires_grad=True)
+    weight.square().sum().backward()  # while the exception is held, and with it the frames that it came through
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
+    assert caught.value is not None

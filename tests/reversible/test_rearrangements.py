@@ -1,0 +1,89 @@
+"""Layers that move values and change none, where a sequence is reconstructed: their gradients are those of store."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from revnet import ReversibleBlock, ReversibleSequence, is_recomputing
+from revnet.reversible import Merge, Rearrangement, Split, Squeeze
+from tests.reversible.networks import EXACT, same
+
+C = 6
+
+
+def linear():
+    return nn.Linear(C // 2, C // 2, dtype=torch.float64)
+
+
+def pointwise():
+    return nn.Conv2d(2, 2, 1, dtype=torch.float64)
+
+
+class Shuffle(Rearrangement):
+    """A user's own, with an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("order", torch.arange(C))
+
+    def forward(self, x, context=None):
+        return x[:, self.order]
+
+    def inverse(self, x, context=None):
+        return x[:, self.order.argsort()]
+
+
+def shuffled(activations, exact):
+    torch.manual_seed(0)
+    return ReversibleSequence([Shuffle(), Split(), ReversibleBlock(linear(), linear()), Merge()], activations, exact)
+
+
+@EXACT
+def test_the_order_is_that_of_the_forward_pass(exact):
+    x, order, found = torch.randn(2, C, dtype=torch.float64), torch.tensor([3, 4, 5, 0, 2, 1]), []
+    for activations in ("reconstruct", "store"):
+        leaf = x.clone().requires_grad_()
+        y = functional_call(shuffled(activations, exact), {"0.order": order}, (leaf,))
+        y.square().sum().backward()
+        found.append([leaf.grad])
+    assert same(*found, exact)
+
+
+@EXACT
+def test_an_order_that_is_changed_between_the_passes_is_named(exact):
+    net = shuffled("reconstruct", exact)
+    y = net(torch.randn(2, C, dtype=torch.float64, requires_grad=True))
+    net[0].order.copy_(torch.tensor([3, 4, 5, 0, 2, 1]))
+    with pytest.raises(RuntimeError, match="buffer 'order' of Shuffle in a reversible sequence was changed in place"):
+        y.sum().backward()
+
+
+@EXACT
+@pytest.mark.parametrize("used", [0, 1])
+def test_of_halves_that_stay_apart_one_alone_may_be_used(exact, used):
+    halves, found = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64), []
+    for activations in ("reconstruct", "store"):
+        torch.manual_seed(0)
+        net = ReversibleSequence([Squeeze(1), ReversibleBlock(pointwise(), pointwise()), Squeeze()], activations, exact)
+        leaves = [x.clone().requires_grad_() for x in halves]
+        net(*leaves)[used].square().sum().backward()
+        found.append([t.grad for t in (*leaves, *net.parameters())])
+    assert same(*found, exact)  # None where it is None under store
+
+
+@EXACT
+@pytest.mark.parametrize("inverted", [False, True])
+def test_hooks_see_activations_and_never_gradients(exact, inverted):
+    net, seen = ReversibleSequence([Split(), ReversibleBlock(linear(), linear()), Merge()], exact=exact), []
+    x = torch.randn(2, C, dtype=torch.float64, requires_grad=True)
+    run = net.inv if inverted else net
+    run(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    for layer in (net[0], net[-1]):
+        layer.register_forward_hook(lambda *_: seen.append(is_recomputing()))
+    net[0].register_full_backward_hook(lambda *_: seen.append("gradient"))
+    run(x).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+    # Inverted, the layer's `inverse` runs in the forward pass, which sets off no hooks.
+    assert (seen.count(False), seen.count("gradient")) == ((0, 0) if inverted else (2, 1))
