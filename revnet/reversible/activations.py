@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from revnet.reversible.coupling import AdditiveCoupling
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import is_invertible
 
@@ -45,12 +46,23 @@ def resolved(layers: Sequence[nn.Module], activations: Activations) -> tuple[str
     """What is done for each layer.
 
     A plan is followed to the letter. Under "reconstruct" layers without an inverse are recomputed. Under "recompute"
-    rearrangements (`Split`, `Merge`, `Squeeze`) are stored, since ordinary backpropagation keeps nothing of them.
+    rearrangements (`Split`, `Merge`, `Squeeze`) are stored, since ordinary backpropagation keeps nothing of them. An
+    `AdditiveCoupling` right behind a layer without an inverse is then reconstructed: of its input only the half that it
+    leaves alone is used again, so undoing it is exact, costs no more than doing it again, and its input need not be
+    kept.
     """
     if not isinstance(activations, str):
         return tuple(checked(layers, activations))
     if activations == "reconstruct":
         return tuple("reconstruct" if is_invertible(layer) else "recompute" for layer in layers)
     if activations == "recompute":
-        return tuple("store" if isinstance(layer, Rearrangement) else "recompute" for layer in layers)
+        return tuple(map(_under_recompute, [None, *layers], layers))
     return ("store",) * len(layers)
+
+
+def _under_recompute(before: nn.Module | None, layer: nn.Module) -> str:
+    if isinstance(layer, Rearrangement):
+        return "store"
+    if isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before):
+        return "reconstruct"
+    return "recompute"

@@ -101,8 +101,8 @@ class _ReversibleFunction(torch.autograd.Function):
         grads: list[Tensor | None] = grad_outputs[0] if _BOXED else list(grad_outputs)
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a sequence that reconstructs its activations cannot be differentiated twice (create_graph=True); "
-                'switch it to activations="store" or "recompute", where that works'
+                "a layer that is reconstructed cannot be differentiated twice (create_graph=True); "
+                'switch its sequence to activations="store", or to a plan of "store" and "recompute" alone'
             )
         job: _Job = ctx.job
         job.run.check_unchanged(ctx.versions)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import ReversibleSequence, set_activations
+from revnet import AdditiveCoupling, ReversibleSequence, set_activations
 from revnet.profiling import measure_memory
 from revnet.reversible import Merge, Split, Switched, slots
-from tests.reversible.networks import EXACT, Transition, blocks, same, sequence, step
+from tests.reversible.networks import EXACT, Transition, basic, blocks, same, sequence, step
 
 
 def with_transition():
@@ -31,6 +31,28 @@ def test_splits_and_merges_are_stored_where_blocks_are_recomputed():
     assert net.plan() == ("store", *["recompute"] * 5, "store")
     net.activations = ["recompute"] * 7
     assert net.plan() == ("recompute",) * 7
+
+
+def test_the_coupling_behind_a_transition_is_undone_where_blocks_are_recomputed():
+    def network(activations):
+        torch.manual_seed(3)
+        layers = [
+            Split(),
+            Transition(4).double(),
+            AdditiveCoupling(basic(4).double(), swap=True),
+            *blocks(1, 4),
+            Merge(),
+        ]
+        return ReversibleSequence(layers, activations, exact=False)
+
+    assert network("recompute").plan() == ("store", "recompute", "reconstruct", "recompute", "store")
+    gradients = []
+    for activations in ("store", "recompute"):
+        net, x = network(activations), torch.empty(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+        x.data.copy_(torch.linspace(-1, 1, x.numel()).view_as(x))
+        net(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_plan_is_kept_as_it_is_given():
