@@ -33,7 +33,7 @@ HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/output", "hydra/job_lo
 LOST = r"DistBackendError|DistNetworkError|/gloo/"  # of torch.distributed, where another process does not answer
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SERVICES = ("wandb", "mlflow")  # whose errors speak of accounts, addresses and files
-SECONDS_TO_FIRST = 2  # torchrun ends the others a tenth of a second after one has failed
+SECONDS_TO_FIRST = 5  # torchrun ends the others a tenth of a second after one has failed; they start seconds apart
 
 
 def leave(config_name: str, line: str, status: int) -> NoReturn:
