@@ -118,7 +118,7 @@ def test_an_exception_in_the_middle_of_a_backward_pass_leaves_the_next_step_righ
     assert all(map(torch.equal, net.buffers(), truth.buffers()))
 
 
-# A block that is recomputed is evaluated again up to the last of its four convolutions, as are stem and transitions.
+# A block that is recomputed is evaluated again up to the last of its four convolutions.
 STEPS = {"recompute": (3 + 3 / 4) / 3, "reconstruct": (3 + 1) / 3}
 
 
@@ -142,4 +142,6 @@ def test_flop_counter_works_over_a_whole_network(activations, exact):
             revnet38(activations=value, exact=exact)(torch.randn(2, 3, 32, 32)).sum().backward()
         return counter.get_total_flops()
 
-    assert flops(activations) / flops("store") == pytest.approx(STEPS[activations], rel=2e-2)
+    # Where blocks are reconstructed, stem and transitions are recomputed, up to their last convolutions.
+    expected = {"recompute": STEPS["recompute"], "reconstruct": 1.3166}[activations]
+    assert flops(activations) / flops("store") == pytest.approx(expected, rel=1e-3)
