@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,34 +104,57 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+@contextmanager
+def two_processes(directory: Path, trainer: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """What torchrun would start, without torchrun, which would end the other at once; they have saved a checkpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def start(rank: int) -> subprocess.Popen[str]:
-        """What torchrun would start, without torchrun, which would end the other at once."""
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
         world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        options = ("trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=16", "run_dir=here")
+        options = (f"trainer={trainer}", "trainer.accelerator=cpu", "data.batch_size=16", "run_dir=here")
         return subprocess.Popen(
             [sys.executable, "-m", "revnet.train", *OPTIONS, *options, "trainer.max_epochs=100000"],
-            **{"cwd": tmp_path, "env": environment(**ranks, **world), "text": True},
+            **{"cwd": directory, "env": environment(**ranks, **world), "text": True},
             **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
         )
 
+    with ExitStack() as stack:
+        first = stack.enter_context(start(0))
+        stack.callback(first.kill)
+        wait_for(directory / "here/.hydra/overrides.yaml", first)
+        second = stack.enter_context(start(1))
+        stack.callback(second.kill)
+        wait_for(directory / "here/checkpoints/last.ckpt", first)
+        yield [first, second]
+
+
+@pytest.mark.parametrize(("trainer", "told"), [("ddp", (0,)), ("ddp", (1,)), ("ddp", (1, 0)), ("fsdp", (0, 1))])
+def test_a_run_of_two_processes_stops_where_both_are_whenever_one_is_told_to(
+    trainer: str, told: tuple[int, ...], tmp_path: Path
+) -> None:
+    with two_processes(tmp_path, trainer) as processes:
+        for process in told:
+            processes[process].send_signal(signal.SIGTERM)
+            time.sleep(0.003)  # within a step or between two, before or after the other takes part in an exchange
+        errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    lines = [line for line in "".join(errors).splitlines() if "stopped by SIGTERM after step" in line]
+    assert [process.returncode for process in processes] == [143, 143], errors
+    assert "Traceback" not in "".join(errors)
+    steps = {re.search("after step ([0-9]+):", line)[1] for line in lines}
+    (step,) = steps
+    stopped = torch.load(tmp_path / "here/checkpoints/last.ckpt", weights_only=True)
+    assert stopped["global_step"] == int(step)
+    assert len(stopped["continuation"]["processes"]) == 2
+
+
+def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     checkpoint = tmp_path / "here/checkpoints/last.ckpt"
-    first = start(0)
-    wait_for(tmp_path / "here/.hydra/overrides.yaml", first)
-    second = start(1)
-    try:
-        wait_for(checkpoint, first)
+    with two_processes(tmp_path, "ddp") as (first, second):
         second.send_signal(signal.SIGKILL)
         _, errors = first.communicate(timeout=SECONDS)
-    finally:
-        first.kill()
-        second.kill()
-        second.communicate()
     assert first.returncode == 1, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("revnet-train")]
     assert re.search("another process of the run has ended .* ckpt_path=last", line)

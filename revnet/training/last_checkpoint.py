@@ -21,7 +21,8 @@ class LastCheckpoint(Checkpoint):
 
     Saved is at the end of every epoch, every so many optimizer steps, and when the training is told to stop by SIGTERM
     or Ctrl-C: it then ends after the step at hand, or after the validation at hand, in the middle of which a training
-    could not go on. (A second Ctrl-C ends it at once, unsaved.)
+    could not go on. (A second Ctrl-C ends it at once, unsaved.) Of several processes one that is told is enough: they
+    agree at the end of every step and of every validation, so that all of them stop there.
 
     Args:
         dirpath: directory of the checkpoints.
@@ -43,14 +44,18 @@ class LastCheckpoint(Checkpoint):
         self.saved: Path | None = None
         self.interrupted = False
         self._saved_step = 0
-        self._told_in_validation = False
-        self._handler: Any = None
+        self._told = False
+        self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count from here, and listen to Ctrl-C."""
+        """Count from here, and listen to SIGTERM and Ctrl-C.
+
+        Lightning's own handler of SIGTERM stops a process at the next batch, in the middle of a validation too, and
+        exchanges tensors with the other processes, whatever these are exchanging at that moment.
+        """
         self._saved_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+            self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,26 +66,21 @@ class LastCheckpoint(Checkpoint):
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if due and fetcher and not loop._is_training_done and not loop._should_check_val_fx(fetcher):
             self._save(trainer)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
-        """Keep the word to stop until the validation has ended: Lightning would stop in the middle of it."""
-        if trainer.received_sigterm:
-            trainer._signal_connector.received_sigterm = False
-            self._told_in_validation = True
+        self._stop_if_told(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass it on."""
-        if self._told_in_validation:
-            trainer._signal_connector.received_sigterm = True
-            self._told_in_validation = False
+        """Stop if the training was told to while it validated."""
+        self._stop_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save."""
         self._save(trainer)
+        self._stop_if_told(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save if the training, and not a test, was told to stop: Lightning then stops between two steps."""
         self._stop_listening()
+        self._told = False
         if isinstance(exception, SIGTERMException) and trainer.training:
             loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
             epoch = trainer.fit_loop.epoch_progress.current
@@ -91,8 +91,11 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave Ctrl-C to others."""
+        """Leave the signals to others."""
         self._stop_listening()
+        self._stop_if_told(trainer)
+        if trainer.received_sigterm:  # only now: nothing behind this hook looks at it
+            raise SIGTERMException
 
     def _save(self, trainer: pl.Trainer) -> None:
         last, written = self.dirpath / "last.ckpt", self.dirpath / "next.ckpt"
@@ -103,12 +106,18 @@ class LastCheckpoint(Checkpoint):
             written.replace(last)
         self.saved, self._saved_step = last, trainer.global_step
 
-    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self._stop_listening()
-        self.interrupted = True
-        os.kill(os.getpid(), signal.SIGTERM)
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        """Let Lightning stop all processes at its next look if one of them was told to."""
+        if trainer.strategy.reduce_boolean_decision(self._told, all=False):
+            trainer._signal_connector.received_sigterm = True
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._told = True
+        if signum == signal.SIGINT:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, self._handlers.pop(signal.SIGINT))
 
     def _stop_listening(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from revnet.training import Classifier, LastCheckpoint
 from tests.training.tiny import tiny_network
@@ -46,10 +47,38 @@ def test_a_checkpoint_that_validation_was_in_the_way_of_is_made_up_for(
     assert record.steps == [3, 4, 7, 8]
 
 
-def test_ctrl_c_is_left_to_others_when_the_training_has_ended(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_left_to_others_when_the_training_has_ended(
+    number: signal.Signals, fit: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    before = signal.getsignal(number)
     fit(classifier(), callbacks=[LastCheckpoint(tmp_path)], enable_checkpointing=True)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
+
+
+class Told(pl.Callback):
+    """Sends SIGTERM in a hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda *arguments: signal.raise_signal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"), [("on_train_batch_start", 1), ("on_train_epoch_end", 4), ("on_train_end", 8)]
+)
+def test_a_training_that_is_told_to_stop_saves_wherever_it_is(
+    hook: str, step: int, fit: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    with pytest.raises(SIGTERMException):
+        fit(classifier(), callbacks=[Told(hook), LastCheckpoint(tmp_path)], enable_checkpointing=True)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == step
+
+
+def test_it_can_be_used_again_after_it_was_told_to_stop(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    last = LastCheckpoint(tmp_path)
+    with pytest.raises(SIGTERMException):
+        fit(classifier(), callbacks=[Told("on_train_end"), last], enable_checkpointing=True)
+    assert fit(classifier(), callbacks=[last], enable_checkpointing=True).global_step == 8
 
 
 @pytest.mark.parametrize("interval", [0, -1, 2.5])
