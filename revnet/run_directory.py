@@ -20,8 +20,9 @@ __all__ = ["KeepRuns", "with_saved_overrides"]
 class KeepRuns(Callback):
     """Refuse a run or sweep whose directory is there already, before anything is written.
 
-    Resuming (`ckpt_path` is given) goes on in a directory, with a record of its configuration beside the first one. So
-    do the processes of a distributed run that are not its first.
+    Resuming (`ckpt_path` is given) goes on in a directory, with a record of its configuration beside the first one,
+    unless the checkpoint is another run's and the directory has some of its own. So do the processes of a distributed
+    run that are not its first.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -36,6 +37,8 @@ class KeepRuns(Callback):
             there = (directory / config.hydra.output_subdir).is_dir() if config.hydra.output_subdir else False
             resume = ", or go on with the run there: ckpt_path=last" if there else ""
             self._refuse(config, directory, f"choose another run_dir{resume}")
+        elif _is_of_another_run(config.ckpt_path, directory / "checkpoints"):
+            self._refuse(config, directory, f"go on from {config.ckpt_path} in another run_dir")
         elif config.hydra.output_subdir is not None:
             earlier = _records(directory, config.hydra.output_subdir)
             with read_write(config.hydra):
@@ -86,6 +89,12 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
     if origin and not any(directory.glob("checkpoints/*.ckpt")):
         arguments = [origin[-1] if argument == "ckpt_path=last" else argument for argument in arguments]
     return [*(override for override in saved if override.partition("=")[0] not in again), *arguments]
+
+
+def _is_of_another_run(ckpt_path: str, checkpoints: Path) -> bool:
+    """Whether a run that has checkpoints of its own is to go on from one that is none of them."""
+    own = checkpoints.resolve()
+    return ckpt_path != "last" and Path(ckpt_path).resolve().parent != own and any(own.glob("*.ckpt"))
 
 
 def _records(directory: Path, name: str) -> dict[int, Path]:

@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,8 +87,19 @@ def refuse_contradictions(trainer: DictConfig) -> None:
     """Look at the trainer's settings before any data is read.
 
     Raises:
-        ValueError: a precision that the device does not have, or processes that are to share the work but are one.
+        ValueError: a count that Lightning would divide by, a precision that the device does not have, or an operation
+            that needs other devices.
     """
+    for name, remedy in {
+        "accumulate_grad_batches": "1 for a step after every batch",
+        "check_val_every_n_epoch": "limit_val_batches=0 trains without validation",
+        "val_check_interval": "limit_val_batches=0 trains without validation",
+    }.items():
+        value = trainer.get(name)
+        if isinstance(value, int | float) and value <= 0:
+            raise ValueError(f"trainer.{name}={value}: give a positive number; {remedy}")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise ValueError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: give a norm, or null to clip nothing")
     cuda = trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
     cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
     precision = str(trainer.precision)
@@ -200,12 +213,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # beside their files lies .hydra/config.yaml
             logger.log_hyperparams(task.config)
 
-    _fit(trainer, task, data, ckpt_path, cfg)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    epochs = trainer.current_epoch
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    trainer.test(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
-    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    with _leaving_when_told(trainer, cfg.run_dir):
+        _fit(trainer, task, data, ckpt_path, cfg)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        epochs = trainer.current_epoch
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        trainer.test(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+        metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     monitor = next((callback for callback in callbacks if isinstance(callback, TrainingMonitor)), None)
     if monitor is not None:
         metrics |= monitor.figures()
@@ -215,27 +229,36 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig) -> None:
-    """Train, and say in one line what has ended the training early."""
+@contextmanager
+def _leaving_when_told(trainer: Trainer, run_dir: str) -> Iterator[None]:
+    """Leave with one line where SIGTERM or Ctrl-C has ended the training or the test."""
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from revnet.training import LastCheckpoint, is_out_of_memory, memory_of, out_of_memory
+    from revnet.training import LastCheckpoint
 
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        yield
     except SIGTERMException:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
         what = "Ctrl-C" if last is not None and last.interrupted else "SIGTERM"
-        how = f"go on with revnet-train run_dir={cfg.run_dir} ckpt_path=last"
+        how = f"go on with revnet-train run_dir={run_dir} ckpt_path=last"
         line = f"stopped by {what} after step {trainer.global_step}: {how if last else 'nothing was saved'}"
         leave("train", line, 130 if what == "Ctrl-C" else 143)
+
+
+def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig) -> None:
+    """Train, and say in one line what was too much for disk or memory."""
+    from revnet.training import is_out_of_memory, memory_of, out_of_memory
+
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(error.errno, error.strerror, cfg.run_dir) from error
     except RuntimeError as error:
-        if not is_out_of_memory(error) or hasattr(task.network, "log_prob"):
+        if not is_out_of_memory(error):
             raise
         shape = (cfg.data.batch_size, *data.image_shape)  # type: ignore[attr-defined]
         optimizer = instantiate(cfg.optimizer, _convert_="all")

@@ -349,6 +349,22 @@ def test_resuming_goes_on_in_a_directory_and_keeps_what_is_there(tmp_path: Path)
     assert OmegaConf.load("mine/.hydra_2/config.yaml").seed == 2
 
 
+def test_a_run_with_checkpoints_does_not_go_on_from_those_of_another(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    main = command("train")(lambda cfg: None)
+    for run in ("mine", "other"):
+        Path(run, "checkpoints").mkdir(parents=True)
+        Path(run, "checkpoints/best.ckpt").write_text(run)
+    before = contents(tmp_path)
+    assert invoke(main, "run_dir=mine", "ckpt_path=other/checkpoints/best.ckpt") == 2
+    (only,) = lines(capsys.readouterr().err)
+    assert "mine is not empty" in only
+    assert "go on from other/checkpoints/best.ckpt in another run_dir" in only
+    assert contents(tmp_path) == before
+    assert invoke(main, "run_dir=mine", f"ckpt_path={tmp_path}/mine/checkpoints/best.ckpt") == 0
+
+
 def record(name: str, *overrides: str) -> None:
     directory = Path("mine", name)
     directory.mkdir(parents=True)

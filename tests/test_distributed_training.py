@@ -167,9 +167,10 @@ def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(t
     assert torch.load(checkpoint, weights_only=True)["global_step"] == before["global_step"] + 2
 
 
-def test_a_run_of_two_processes_that_is_told_to_stop_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_a_run_of_two_processes_that_is_told_to_stop_goes_on_to_the_same_bits(trainer: str, tmp_path: Path) -> None:
     augmented = ("data.train_size=224", "data.padding=2", "data.flip=true", "trainer.max_epochs=2")  # seven batches
-    options = ("trainer=ddp", "trainer.accumulate_grad_batches=2", *augmented)
+    options = (f"trainer={trainer}", "trainer.accumulate_grad_batches=2", *augmented)
     fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:3,signal:SIGTERM}"
     assert torchrun(tmp_path, *options, "run_dir=whole").returncode == 0
     assert torchrun(tmp_path, *options, "run_dir=part", fault).returncode != 0
@@ -186,6 +187,8 @@ def test_a_run_of_two_processes_that_is_told_to_stop_goes_on_to_the_same_bits(tm
         assert differences(expected[key], found[key]) == []
     for key in ("processes", "metrics"):
         assert differences(expected["continuation"][key], found["continuation"][key]) == []
+    logs = [(path.parents[1] / f"csv/version_{n}/metrics.csv").read_text() for path, n in ((whole, 0), (part, 1))]
+    assert [log.count("\n") for log in logs] == [logs[0].count("\n")] * 2
 
 
 def test_a_loss_that_is_no_number_in_one_process_is_told_by_it(tmp_path: Path) -> None:

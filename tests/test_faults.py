@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet import train as train_module
-from revnet.training import Classifier
+from revnet.training import Classifier, DensityEstimator
 from tests.commands import invoke
 
 TRAINING = (
@@ -51,11 +51,11 @@ def train(directory: Path, *overrides: str) -> int:
     return invoke(train_module.main, f"run_dir={directory}", *overrides)
 
 
-def start(directory: Path, *overrides: str, script: str = "") -> subprocess.Popen[str]:
+def start(directory: Path, *overrides: str, script: str = "", **options: Any) -> subprocess.Popen[str]:
     """Start a training in a process of its own; `script` is run there before it."""
     code = f"{script}\nfrom revnet.train import main\nmain()"
     command = [sys.executable, "-c", code, f"run_dir={directory}", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def outcome(directory: Path) -> dict[str, Any]:
@@ -193,6 +193,8 @@ FLOW = ("model=nice", "model.hidden=8", "model.layers=1", "data.normalization=un
         ("SIGTERM", 9, 143, AVERAGE),
         ("SIGTERM", 9, 143, ("trainer.max_steps=16",)),
         ("SIGTERM", 12, 143, ("trainer.max_steps=16",)),
+        ("SIGTERM", 9, 143, VALIDATED),  # a validation of five batches follows
+        ("SIGINT", 3, 130, (*VALIDATED, "+trainer.val_check_interval=3")),
     ],
 )
 def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
@@ -249,13 +251,31 @@ def test_a_training_that_is_told_to_stop_while_it_validates_goes_on_to_the_same_
     assert differences(expected, outcome(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "said"), [("SIGTERM", 143, "stopped by SIGTERM"), ("SIGINT", 130, "interrupted")]
-)
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_every_process_of_a_training_leaves_its_loaders_alive(
+    name: str, status: int, tmp_path: Path
+) -> None:
+    """As a terminal, torchrun and `timeout` send it; most of the time the training waits for its two loaders."""
+    processes = ("data.num_workers=2", "trainer.max_epochs=100000", "data.val_fraction=0.4")
+    process = start(tmp_path / "run", *TRAINING, *processes, start_new_session=True)
+    while not (tmp_path / "run/checkpoints/last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    (line,) = [line for line in errors.splitlines() if line.startswith("revnet-train")]
+    step = re.search(r"stopped by \S+ after step (\d+): go on with", line)
+    assert step is not None
+    assert process.returncode == status, errors
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == int(step[1])
+
+
+@pytest.mark.parametrize(("name", "status", "what"), [("SIGTERM", 143, "SIGTERM"), ("SIGINT", 130, "Ctrl-C")])
 def test_a_test_that_is_told_to_stop_leaves_the_training_as_it_ended(
     name: str,
     status: int,
-    said: str,
+    what: str,
     undisturbed: Callable[..., dict[str, Any]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
@@ -263,12 +283,9 @@ def test_a_test_that_is_told_to_stop_leaves_the_training_as_it_ended(
     expected = undisturbed()
     capsys.readouterr()
     fault = f"+callbacks.fault={{_target_:tests.test_faults.Fault,batch:1,signal:{name},stage:test}}"
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        assert train(tmp_path / "run", *TRAINING, fault) == status
-    finally:
-        signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from the first one on
-    assert capsys.readouterr().err.splitlines()[-1] == f"revnet-train: {said}"
+    assert train(tmp_path / "run", *TRAINING, fault) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"revnet-train: stopped by {what} after step 18: go on with ")
     assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
     assert differences(expected, outcome(tmp_path / "run")) == []
 
@@ -403,17 +420,30 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_images(
     assert all(tensor.isfinite().all() for tensor in last["state_dict"].values())
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "remedy"),
+    [
+        (Classifier, (), r", and the training step takes \d+ MB: something else holds the rest"),
+        (DensityEstimator, FLOW, "; try a smaller data.batch_size"),
+    ],
+)
 def test_a_step_that_takes_more_memory_than_there_is_says_what_fits(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    task: type[pl.LightningModule],
+    options: tuple[str, ...],
+    remedy: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(Classifier, "training_step", fail)
-    assert train(tmp_path / "run", *TRAINING) == 1
+    monkeypatch.setattr(task, "training_step", fail)
+    assert train(tmp_path / "run", *TRAINING, *options) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"out of memory at a batch of 32 images of shape \(3, 8, 8\): there are [\d,]+ MB in all", line)
-    assert re.search(r"the training step takes \d+ MB: something else holds the rest", line)
+    assert re.search(
+        rf"out of memory at a batch of 32 images of shape \(3, 8, 8\): there are [\d,]+ MB in all{remedy}", line
+    )
 
 
 @pytest.mark.parametrize(
@@ -421,6 +451,10 @@ def test_a_step_that_takes_more_memory_than_there_is_says_what_fits(
     [
         (["trainer.precision=16-mixed"], r"trainer.precision=16-mixed needs a GPU: on a CPU choose bf16-mixed .*"),
         (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1"], r"trainer.strategy=ddp is for several .*"),
+        (["trainer.accumulate_grad_batches=0"], r"trainer.accumulate_grad_batches=0: give a positive number; 1 for .*"),
+        (["trainer.check_val_every_n_epoch=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),
+        (["+trainer.val_check_interval=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),
+        (["trainer.gradient_clip_val=-1"], r"trainer.gradient_clip_val=-1: give a norm, or null to clip nothing"),
         (["memory_budget=1MB"], r".* the least possible is [\d,]+ bytes.*"),
     ],
 )

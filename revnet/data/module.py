@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -212,8 +213,8 @@ class ImageDataModule(pl.LightningDataModule):
             Indices of the training images that `load` returns; none where the data cannot tell.
         """
         train = self.splits["train"]
-        if not isinstance(train, Subset):
-            return []
+        if not isinstance(train, Subset) or getattr(self.trainer, "overfit_batches", 0) > 0:
+            return []  # Lightning puts another order in the place of this module's to overfit on a few batches
         order = self._order()
         order.set_epoch(epoch)
         places = list(order)[batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -248,5 +249,12 @@ class ImageDataModule(pl.LightningDataModule):
             collate_fn=whole_batch,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             generator=torch.Generator().manual_seed(seed % 2**63),
+            worker_init_fn=_leave_signals_to_the_trainer,
             **options,
         )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a loader's process live on when SIGTERM or Ctrl-C reaches all processes of a run: the trainer ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

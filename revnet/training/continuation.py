@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 __all__ = ["Continuation"]
@@ -78,19 +79,7 @@ class Continuation(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with metrics and log. A training that is resumed when it has ended gets no further than here."""
-        if not self._loaded:
-            return
-        trainer.callback_metrics.update(self._loaded["metrics"])
-        for logger in trainer.loggers if trainer.is_global_zero else []:
-            if isinstance(logger, CSVLogger) and str(logger.name) in self._loaded["logs"]:
-                version, count = self._loaded["logs"][str(logger.name)]
-                for line in _lines(_file(logger).parents[1] / version / logger.experiment.NAME_METRICS_FILE)[:count]:
-                    step = int(line.pop("step"))
-                    logger.log_metrics({key: text for key, text in line.items() if text}, step)  # type: ignore[misc]
-            if self._loaded["unlogged"]:
-                step, metrics = self._loaded["unlogged"]
-                logger.log_metrics(dict(metrics), step)
-            logger.save()
+        self._go_on_with_log(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the rest, after everything that draws random numbers before the first step."""
@@ -98,6 +87,7 @@ class Continuation(Callback):
             if trainer.global_rank > 0:
                 torch.manual_seed(torch.initial_seed() + trainer.global_rank)
             return
+        self._go_on_with_log(trainer)  # of a strategy that reads the checkpoint behind on_fit_start
         loaded, self._loaded = self._loaded, {}
         own = _own(loaded["processes"], trainer)
         _reopen_loader(trainer.fit_loop)
@@ -109,8 +99,29 @@ class Continuation(Callback):
                 setattr(metric, key, value.to(pl_module.device))
         for name, gradient in own["gradients"].items():
             parameter = pl_module.get_parameter(name)
-            parameter.grad = gradient.to(parameter.device)
+            parameter.grad = _sharded_as(parameter, gradient.to(parameter.device))
         _set_random_state(own["random"], pl_module.device)
+
+    def _go_on_with_log(self, trainer: pl.Trainer) -> None:
+        """Bring back metrics and log, once."""
+        logs = self._loaded.pop("logs", None)
+        if logs is None:
+            return
+        trainer.callback_metrics.update(self._loaded["metrics"])
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, CSVLogger) and str(logger.name) in logs:
+                version, count = logs[str(logger.name)]
+                file = _file(logger).parents[1] / version / logger.experiment.NAME_METRICS_FILE
+                lines = _lines(file)[:count]
+                if len(lines) < count:
+                    rank_zero_warn(f"{file} has {len(lines)} lines of the {count} that it had at the checkpoint")
+                for line in lines:
+                    step = int(line.pop("step"))
+                    logger.log_metrics({key: text for key, text in line.items() if text}, step)  # type: ignore[misc]
+            if self._loaded["unlogged"]:
+                step, metrics = self._loaded["unlogged"]
+                logger.log_metrics(dict(metrics), step)
+            logger.save()
 
 
 def _follow(state: dict[str, Any] | None, directory: Path) -> None:
@@ -183,7 +194,18 @@ def _sums(pl_module: pl.LightningModule) -> dict[str, dict[str, torch.Tensor]]:
 def _gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
     if not trainer.fit_loop._should_accumulate():
         return {}
-    return {name: _copy(p.grad) for name, p in pl_module.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+    return {name: _copy(g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients.items()}
+
+
+def _sharded_as(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter from this process's part of it."""
+    if not isinstance(parameter, DTensor):
+        return gradient
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(
+        gradient, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def _unlogged(trainer: pl.Trainer) -> list[Any]:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from revnet.training.fully_shard import FullyShard
 from revnet.training.task import Task
 
 __all__ = ["DensityEstimator", "seeded"]
@@ -92,8 +91,3 @@ class DensityEstimator(Task):
             mean.update(values)
             self.log(f"{split}/{name}", mean, on_step=False, on_epoch=True, prog_bar=name == "bits_per_dim")
         return nats.mean()
-
-    def setup(self, stage: str) -> None:
-        """Refuse to shard: what is sharded is gathered by a network's forward pass, which a flow does not have."""
-        if isinstance(self.trainer.strategy, FullyShard):
-            raise ValueError("trainer=fsdp is for classifiers: train a flow with trainer=ddp")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -26,6 +28,19 @@ class FullyShard(ModelParallelStrategy):
 
     def __init__(self, timeout: timedelta) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Take the module that is to be trained.
+
+        Raises:
+            ValueError: it cannot be sharded: a flow, since what is sharded is gathered by a network's forward pass,
+                which a flow does not have, or weights of which an average is kept, since no device has all of them.
+        """
+        if hasattr(getattr(model, "network", None), "log_prob"):
+            raise ValueError("trainer=fsdp is for classifiers: train a flow with trainer=ddp")
+        if any(isinstance(callback, WeightAveraging) for callback in model.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("callbacks=ema does not go with trainer=fsdp: average under trainer=ddp, or leave it out")
+        super().connect(model)
 
     def setup_environment(self) -> None:
         """Make all processes one group of data parallelism."""

@@ -22,7 +22,8 @@ class LastCheckpoint(Checkpoint):
     Saved is at the end of every epoch, every so many optimizer steps, and when the training is told to stop by SIGTERM
     or Ctrl-C: it then ends after the step at hand, or after the validation at hand, in the middle of which a training
     could not go on. (A second Ctrl-C ends it at once, unsaved.) Of several processes one that is told is enough: they
-    agree at the end of every step and of every validation, so that all of them stop there.
+    agree at the end of every step and of every validation, so that all of them stop there. A test stops, unsaved,
+    behind the batch at hand.
 
     Args:
         dirpath: directory of the checkpoints.
@@ -45,17 +46,21 @@ class LastCheckpoint(Checkpoint):
         self.interrupted = False
         self._saved_step = 0
         self._told = False
-        self._handlers: dict[int, Any] = {}
+        self._on_ctrl_c: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin a training that nobody has told to stop."""
+        if stage == "fit":
+            self._told = self.interrupted = False
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to SIGTERM and Ctrl-C."""
+        self._listen()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count from here, and listen to SIGTERM and Ctrl-C.
-
-        Lightning's own handler of SIGTERM stops a process at the next batch, in the middle of a validation too, and
-        exchanges tensors with the other processes, whatever these are exchanging at that moment.
-        """
+        """Count from here, and listen to SIGTERM and Ctrl-C."""
         self._saved_step = trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._listen()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -68,8 +73,13 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
         self._stop_if_told(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a validation come to its end: told to stop, Lightning would leave it behind its first batch."""
+        self._told |= trainer.received_sigterm
+        trainer._signal_connector.received_sigterm = False
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop if the training was told to while it validated."""
+        """Stop if the training was told to, by now."""
         self._stop_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,10 +87,16 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
         self._stop_if_told(trainer)
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to SIGTERM and Ctrl-C."""
+        self._listen()
+
+    def on_test_batch_end(self, trainer: pl.Trainer, *arguments: Any, **named: Any) -> None:
+        """Stop if the test was told to."""
+        self._stop_if_told(trainer)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save if the training, and not a test, was told to stop: Lightning then stops between two steps."""
-        self._stop_listening()
-        self._told = False
         if isinstance(exception, SIGTERMException) and trainer.training:
             loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
             epoch = trainer.fit_loop.epoch_progress.current
@@ -89,13 +105,6 @@ class LastCheckpoint(Checkpoint):
                 # Behind a validation in mid-epoch Lightning goes on by counting the step that it belongs to again.
                 loop._batches_that_stepped -= 1
             self._save(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the signals to others."""
-        self._stop_listening()
-        self._stop_if_told(trainer)
-        if trainer.received_sigterm:  # only now: nothing behind this hook looks at it
-            raise SIGTERMException
 
     def _save(self, trainer: pl.Trainer) -> None:
         last, written = self.dirpath / "last.ckpt", self.dirpath / "next.ckpt"
@@ -106,18 +115,25 @@ class LastCheckpoint(Checkpoint):
             written.replace(last)
         self.saved, self._saved_step = last, trainer.global_step
 
-    def _stop_if_told(self, trainer: pl.Trainer) -> None:
-        """Let Lightning stop all processes at its next look if one of them was told to."""
-        if trainer.strategy.reduce_boolean_decision(self._told, all=False):
-            trainer._signal_connector.received_sigterm = True
+    def _listen(self) -> None:
+        """Take the place of Lightning's handler of SIGTERM until Lightning, at its end, puts back those of before.
+
+        Its own sends a tensor to the other processes at once, whatever they are exchanging at that moment.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTERM) != self._on_signal:
+            signal.signal(signal.SIGTERM, self._on_signal)
+            self._on_ctrl_c = signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._told = True
         if signum == signal.SIGINT:
             self.interrupted = True
-            signal.signal(signal.SIGINT, self._handlers.pop(signal.SIGINT))
+            signal.signal(signal.SIGINT, self._on_ctrl_c)
 
-    def _stop_listening(self) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        """Let Lightning stop all processes at its next look if one of them was told to."""
+        among_all = trainer.strategy.reduce_boolean_decision
+        if among_all(self._told, all=False):
+            self._told, self.interrupted = True, among_all(self.interrupted, all=False)
+            trainer._signal_connector.received_sigterm = True

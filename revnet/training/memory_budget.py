@@ -88,8 +88,9 @@ def out_of_memory(
     line = (
         f"out of memory at a batch of {batch} images of shape {tuple(shape)}: there are {memory / 1e6:,.0f} MB in all"
     )
-    if any(isinstance(module, FSDPModule) for module in network.modules()):
-        return f"{line}; try a smaller data.batch_size"  # what is shared out among devices cannot be estimated
+    if hasattr(network, "log_prob") or any(isinstance(module, FSDPModule) for module in network.modules()):
+        # The step of a flow, and what is shared out among devices, cannot be estimated.
+        return f"{line}; try a smaller data.batch_size"
     try:
         taken = estimate(network, input_shape, dtype, optimizer).total
         line += f", and the training step takes {taken / 1e6:,.0f} MB"

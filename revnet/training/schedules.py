@@ -102,7 +102,7 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.05) 
     def factor(step: int) -> float:
         if step < rise:
             return (step + 1) / (rise + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / (total_steps - rise))))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total_steps - rise))))
 
     return LambdaLR(optimizer, factor)
 

@@ -78,6 +78,8 @@ class Task(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the settings that the optimizer was made with."""
         self._loaded_settings = checkpoint.get("optimizer_settings", {})
+        if self._settings:  # of a strategy that reads the checkpoint behind configure_optimizers
+            _check_same(self._loaded_settings, self._settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing."""

@@ -11,8 +11,6 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
-from revnet.training.fully_shard import FullyShard
-
 __all__ = ["WeightAverage"]
 
 
@@ -52,11 +50,9 @@ class WeightAverage(WeightAveraging):
         """Whether to update after this step."""
         return step_idx is not None and step_idx % self.update_every_n_steps == 0
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse weights that are shared out among devices: no device has all of them to average."""
-        if isinstance(trainer.strategy, FullyShard):
-            raise ValueError("callbacks=ema does not go with trainer=fsdp: average under trainer=ddp, or leave it out")
-        super().setup(trainer, pl_module, stage)
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the average in the network, also where the training that is gone on with has ended already."""
+        self._copy_average_to_current(pl_module)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

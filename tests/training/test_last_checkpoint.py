@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from revnet.training import Classifier, LastCheckpoint
-from tests.training.tiny import tiny_network
+from tests.training.tiny import tiny_batches, tiny_network
 
 
 def classifier() -> Classifier:
@@ -64,20 +64,31 @@ class Told(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("hook", "step"), [("on_train_batch_start", 1), ("on_train_epoch_end", 4), ("on_train_end", 8)]
+    ("hook", "step"),
+    [("on_sanity_check_end", 1), ("on_train_batch_start", 1), ("on_train_epoch_end", 4)],
 )
 def test_a_training_that_is_told_to_stop_saves_wherever_it_is(
     hook: str, step: int, fit: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(SIGTERMException):
         fit(classifier(), callbacks=[Told(hook), LastCheckpoint(tmp_path)], enable_checkpointing=True)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == step
+
+
+def test_told_when_the_training_is_over_the_test_stops(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    module = classifier()
+    trainer = fit(module, callbacks=[Told("on_train_end"), LastCheckpoint(tmp_path)], enable_checkpointing=True)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == trainer.global_step == 8
+    with pytest.raises(SIGTERMException):
+        trainer.test(module, tiny_batches(2))
 
 
 def test_it_can_be_used_again_after_it_was_told_to_stop(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
     last = LastCheckpoint(tmp_path)
     with pytest.raises(SIGTERMException):
-        fit(classifier(), callbacks=[Told("on_train_end"), last], enable_checkpointing=True)
+        fit(classifier(), callbacks=[Told("on_train_epoch_end"), last], enable_checkpointing=True)
     assert fit(classifier(), callbacks=[last], enable_checkpointing=True).global_step == 8
 
 

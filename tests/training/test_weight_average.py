@@ -1,13 +1,11 @@
-from datetime import timedelta
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from revnet.training import Classifier, FullyShard, WeightAverage
+from revnet.training import Classifier, LastCheckpoint, WeightAverage
 from tests.training.tiny import tiny_batches, tiny_network
 
 
@@ -74,7 +72,15 @@ def test_what_is_no_average_is_refused(wrong):
         WeightAverage(**wrong)
 
 
-def test_sharded_weights_are_not_averaged():
-    trainer = SimpleNamespace(strategy=FullyShard(timedelta(minutes=1)))
-    with pytest.raises(ValueError, match="callbacks=ema does not go with trainer=fsdp"):
-        WeightAverage(decay=0.5).setup(trainer, Classifier(tiny_network()), "fit")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_a_training_that_is_gone_on_with_behind_its_end_leaves_the_average(fit, tmp_path):
+    def run(ckpt=None):
+        module = Classifier(tiny_network(), partial(torch.optim.SGD, lr=0.1))
+        callbacks = [WeightAverage(decay=0.5, update_every_n_steps=1), LastCheckpoint(tmp_path)]
+        fit(module, callbacks=callbacks, enable_checkpointing=True, ckpt=ckpt)
+        return module.state_dict()
+
+    averaged, again = run(), run(tmp_path / "last.ckpt")
+    assert all(torch.equal(averaged[name], again[name]) for name in averaged)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert not all(torch.equal(averaged[name], weights) for name, weights in last["current_model_state"].items())
