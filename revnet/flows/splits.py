@@ -25,6 +25,8 @@ class Flatten(Rearrangement):
         torch.Size([2, 16])
     """
 
+    fixed = True
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape = tuple(shape)
@@ -57,6 +59,8 @@ class OddEvenSplit(Rearrangement):
         >>> OddEvenSplit()(torch.arange(6.0)[None])
         (tensor([[0., 2., 4.]]), tensor([[1., 3., 5.]]))
     """
+
+    fixed = True
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
@@ -99,6 +103,8 @@ class CheckerboardSplit(Rearrangement):
         tensor([[[[0., 2.],
                   [5., 7.]]]])
     """
+
+    fixed = True
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         if x.ndim != 4 or x.shape[-1] % 2:

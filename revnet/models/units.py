@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from revnet.models.branches import convolution_dtype, subsample
 from revnet.reversible import split_halves
@@ -99,6 +101,15 @@ class ResidualUnit(nn.Module):
         return self.shortcut(x) + self.f(x)
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a hook may hold what a module returns, or have made a view of it, as backward hooks do."""
+    if torch.compiler.is_compiling():
+        return False
+    everywhere = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    own = (m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules())
+    return bool(everywhere) or any(own)
+
+
 class TransitionUnit(nn.Module):
     """x -> (y1, z) with y1 = shortcut1(x1) + F(x2), z = shortcut2(x2): half of the first unit of a RevNet's stage.
 
@@ -128,5 +139,6 @@ class TransitionUnit(nn.Module):
         del x1  # goes here, unless the shortcut keeps it
         # F comes last, so that the backward pass comes to it first and has no gradients of the shortcuts to hold.
         h = self.f(x2)
-        y1 = h.add_(y1) if h.dtype == y1.dtype else y1 + h  # no convolution keeps what it returns
+        # No convolution keeps what it returns, but a hook may.
+        y1 = h.add_(y1) if h.dtype == y1.dtype and not _is_hooked(self.f) else y1 + h
         return y1, z

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -37,7 +38,11 @@ _CHANGES_INPUT = (
     "operation that does not (inplace=False)"
 )
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, _InstanceNorm.forward)
+_BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Batch normalisations whose own `forward` was seen to run; of others a branch may read the statistics itself."""
+_inspected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Branches that were seen to leave their input alone under inference_mode."""
 
 
 class _Local(threading.local):
@@ -174,15 +179,14 @@ class Evaluation:
             earlier |= {(id(owner), name): value for owner, name, value in self.buffers}
             copies: dict[int, Tensor] = {}  # a buffer in several places stays one
             for owner in self.owners:
-                # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
+                # Without statistics a normalisation has none to write, which takes fewer operations than copies of
                 # them; it then saves fewer tensors than in a first evaluation with a graph, and compiled code would be
                 # compiled again.
                 untracked = _only_writes(owner) and not self.with_graph
-                if untracked:
-                    restore.append((owner.__dict__, "track_running_stats", owner.track_running_stats))
-                    owner.__dict__["track_running_stats"] = False
                 for name, value in owner._buffers.items():
                     if untracked and name in _STATISTICS:
+                        restore.append((owner._buffers, name, value))
+                        owner._buffers[name] = None
                         continue
                     then = earlier.get((id(owner), name), value)
                     if value is then is None or id(value) in replaced:
@@ -210,7 +214,11 @@ def _alias(parameter: Tensor, needs_grad: bool) -> Tensor:
     if not (needs_grad or parameter.requires_grad):
         return parameter
     # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
-    alias = nn.Parameter(parameter, needs_grad)  # which detaches it
+    detached = parameter.detach()
+    if isinstance(parameter, nn.Parameter) and type(detached) is torch.Tensor is not type(parameter):
+        alias = torch.Tensor._make_subclass(type(parameter), detached, needs_grad)
+    else:
+        alias = nn.Parameter(parameter, needs_grad)
     if parameter.__dict__:
         alias.__dict__.update(parameter.__dict__)
     return alias
@@ -218,7 +226,16 @@ def _alias(parameter: Tensor, needs_grad: bool) -> Tensor:
 
 def _only_writes(module: nn.Module) -> bool:
     """Whether a module is one of torch's own normalisations in training mode, which never reads its statistics."""
-    return isinstance(module, _NormBase) and module.training and type(module).forward in _NORM_FORWARDS
+    if not (isinstance(module, _NormBase) and module.training):
+        return False
+    return module in _called or type(module).forward is _InstanceNorm.forward
+
+
+def _was_called(module: nn.Module, name: str, buffer: Tensor | None, version: int) -> bool:
+    """Whether a batch normalisation has counted a batch since its `buffer` of this name had this version."""
+    if name != "num_batches_tracked" or type(module).forward not in _BATCH_NORM_FORWARDS or not module.training:
+        return False
+    return module._buffers[name] is buffer and _version(buffer) != version
 
 
 def _stateful_buffers(
@@ -283,6 +300,8 @@ def observe(
         _local.tape = tape
     if [_version(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
+    _called.update(owner for owner, name, value, _, version in buffers if _was_called(owner, name, value, version))
+    buffers = [buffer for buffer in buffers if not _only_writes(buffer[0])]
     changed = tuple(
         (owner, name, copy)
         for owner, name, value, copy, version in buffers
@@ -330,11 +349,20 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
     in every mode in the same order.
     """
     x = x.view_as(x)
-    version = _version(x)
+    # Under inference_mode tensors do not count their changes: once for each branch, values are compared.
+    unseen = not torch.compiler.is_compiling() and _is_real(x) and x.is_inference() and module not in _inspected
+    version, before = _version(x), x.clone() if unseen else None
     result = module(x) if context is None else module(x, context)
-    if _version(x) != version:
+    if _version(x) != version or (before is not None and not ((before == x) | (before != before)).all()):
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
+    if before is not None:
+        _inspected.add(module)
     return result
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether a tensor has values that can be looked at."""
+    return type(x) is Tensor and x.device.type != "meta"
 
 
 def _version(x: Tensor | None) -> int:

@@ -132,10 +132,21 @@ class _ReversibleFunction(torch.autograd.Function):
                 replay.reverse_layer(layer, evaluations[0], state, grads, wanted)
             if index == ctx.begins:
                 job.run.report(ctx.sample.error(tuple(state)))
+        _check_known(replay, job)
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
         flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.trainable)]
         return (None, *flat)
+
+
+def _check_known(replay: Replay, job: _Job) -> None:
+    """RuntimeError if there are gradients of parameters that autograd was not told of in the forward pass."""
+    known = {id(t) for t in (*replay.context_aliases, *job.trainable)}
+    if any(key not in known for key in replay.sums):
+        raise RuntimeError(
+            "a branch of a reversible sequence made a parameter, or let it require grad, in its forward pass, too late "
+            "for a gradient of this step; run one forward pass under torch.no_grad() first"
+        )
 
 
 def _observed(
@@ -148,19 +159,24 @@ def _observed(
 
 
 def _moves_only(layer: nn.Module) -> bool:
-    """Whether a layer is a rearrangement that has nothing to repeat: no state and no hooks."""
-    return isinstance(layer, Rearrangement) and not any(
-        m._parameters or m._buffers or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-        for m in modules_in(layer)
+    """Whether a layer is a rearrangement that has nothing to repeat: one that is fixed, has no state and no hooks."""
+    return (
+        isinstance(layer, Rearrangement)
+        and layer.fixed
+        and not any(
+            m._parameters or m._buffers or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+            for m in modules_in(layer)
+        )
     )
 
 
 def _check_hooks(layer: Coupling) -> None:
-    if type(layer).forward is not Coupling.forward:
-        raise TypeError(
-            f"{type(layer).__name__} has a `forward` of its own, which could not be undone where the layer is "
-            f'reconstructed; say all that it does in `steps`, or give it "recompute" or "store"'
-        )
+    for name in ("forward", "forward_and_log_det"):
+        if getattr(type(layer), name) is not getattr(Coupling, name) or name in layer.__dict__:
+            raise TypeError(
+                f"{type(layer).__name__} has a `{name}` of its own, which could not be undone where the layer is "
+                f'reconstructed; say all that it does in `steps`, or give it "recompute" or "store"'
+            )
     if layer._backward_hooks or layer._backward_pre_hooks:
         raise ValueError(
             f"{type(layer).__name__} has a backward hook, which would not run where the layer is reconstructed; "

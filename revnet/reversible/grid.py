@@ -23,6 +23,7 @@ __all__ = [
 # Exponent of the grid's step, 2 ** -GRID. A float of p bits holds the multiples of it below 2 ** (p - GRID) exactly.
 GRID = {torch.float32: 16, torch.float64: 32}
 _BITS = {torch.float32: 24, torch.float64: 53}
+_ODD = 0x2545F491  # any odd number with half of its bits set
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 # Where memory matters so many elements are rounded at a time, but never in more than so many pieces. A kernel of an
@@ -151,10 +152,11 @@ def _rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def checksum(state: tuple[Tensor, ...]) -> Tensor:
-    """Sums of all bits of the state, and of their squares, as integers that wrap around.
+    """Sums of all bits of the state, and of squares of their mixtures, as integers that wrap around.
 
     Equal states have equal sums in any layout. The squares are there because errors of one step up and one step down,
-    which rounding makes, cancel in a plain sum.
+    which rounding makes, cancel in a plain sum; the mixtures, because of numbers far below 1 the lower half of the bits
+    is 0, and squares of these wrap around to 0.
     """
     sums = []
     for x in state:
@@ -162,5 +164,7 @@ def checksum(state: tuple[Tensor, ...]) -> Tensor:
         flat = (x if x.is_contiguous() or x.ndim < 3 else x.movedim(1, -1)).detach().reshape(-1)
         flat = flat + 0.0  # makes -0 a 0: both are the same state
         bits = flat.view(_INTEGER[x.dtype])
-        sums += [bits.sum(dtype=bits.dtype), (bits * bits).sum(dtype=bits.dtype)]
+        sums.append(bits.sum(dtype=bits.dtype))
+        bits = bits.mul_(_ODD).bitwise_xor_(bits >> (bits.dtype.itemsize * 4 - 1))
+        sums.append(bits.mul_(bits).sum(dtype=bits.dtype))
     return torch.stack(sums)

@@ -71,7 +71,13 @@ class Rearrangement(nn.Module):
     """A layer that moves values and changes none: its inverse is exact, at no cost, and its log-determinant 0.
 
     Gradients are moved back as the values are, so `inverse` must do for both.
+
+    Attributes:
+        fixed: says that every call moves values in the same way, whatever has happened in between; they are then moved
+            back without a second evaluation. False unless a subclass says so.
     """
+
+    fixed = False
 
 
 class Split(Rearrangement):
@@ -87,6 +93,8 @@ class Split(Rearrangement):
         >>> x1.shape
         torch.Size([2, 3, 4, 4])
     """
+
+    fixed = True
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
@@ -115,6 +123,8 @@ class Merge(Rearrangement):
         >>> Merge()(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)).shape
         torch.Size([2, 6, 4, 4])
     """
+
+    fixed = True
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()

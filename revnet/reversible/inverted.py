@@ -110,6 +110,12 @@ class _Inverted(nn.Module):
 class _InvertedRearrangement(_Inverted, Rearrangement):
     """A rearrangement brought back."""
 
+    layer: Rearrangement
+
+    @property
+    def fixed(self) -> bool:  # type: ignore[override]
+        return self.layer.fixed
+
 
 def _state(first: Tensor, second: Tensor | None) -> tuple[Tensor, ...]:
     return (first,) if second is None else (first, second)

@@ -16,8 +16,8 @@ State = tuple[Tensor, ...]
 
 
 def is_invertible(layer: nn.Module) -> bool:
-    """A layer can be reconstructed through if it has a method `inverse`."""
-    return callable(getattr(layer, "inverse", None))
+    """A layer can be reconstructed through if it has a method `inverse`, a sequence if its layers have."""
+    return callable(getattr(layer, "inverse", None)) and getattr(layer, "has_inverse", True)
 
 
 def as_state(output: Any, layer: nn.Module) -> State:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revnet.reversible.coupling import Coupling
-from revnet.reversible.evaluation import Evaluation, observe
+from revnet.reversible.evaluation import Evaluation, modules_in, observe
 from revnet.reversible.layer import State, apply_layer, on_grid
 from revnet.reversible.run import ContextStructure, Run
 
@@ -63,9 +64,18 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
         return result
 
     tensors = (*state, *structure.tensors(context))
+    breaks_off = run.tolerance is None and not any(map(_must_finish, modules_in(layer)))
     result = checkpoint(
-        evaluate, log_det, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=run.tolerance is None
+        evaluate, log_det, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=breaks_off
     )
     if result is None:
-        raise failures[0]
+        raise failures.pop()  # which would hold this frame, and with it the state, in a cycle
     return result
+
+
+def _must_finish(module: nn.Module) -> bool:
+    """Whether breaking off within a module goes wrong.
+
+    RReLU saves its noise before it draws it, and TorchScript makes an error of what breaks it off.
+    """
+    return isinstance(module, nn.RReLU | torch.jit.ScriptModule)

@@ -122,6 +122,11 @@ class ReversibleSequence(nn.Sequential):
     def reconstruction_error(self) -> Tensor | None:
         return torch.stack(list(self._errors.values())).amax() if self._errors else None
 
+    @property
+    def has_inverse(self) -> bool:
+        """Whether `inverse` works: every layer has one."""
+        return all(map(is_invertible, self))
+
     def plan(self) -> tuple[str, ...]:
         """What is done for each layer: the plan, or what the single value comes to (see `resolved`)."""
         return resolved(list(self), self._activations)
@@ -212,7 +217,8 @@ class ReversibleSequence(nn.Sequential):
                         state, log_det = apply_layer(layer, state, context, log_det, exact)
                 else:
                     tolerance = self.watch.tolerance(autocast, exact) if self.check_determinism else None
-                    report = partial(self._report, first, autocast, exact)
+                    # What "recompute" reconstructs is a half that no gradient depends on.
+                    report = partial(self._report, first, autocast, exact, self._activations != "recompute")
                     run = Run(layers, first, exact, enters_grid, tolerance, report, self._inspected)
                     state, log_det = _apply(value)(run, state, context, log_det)
                 first += len(layers)
@@ -260,7 +266,9 @@ class ReversibleSequence(nn.Sequential):
         whole = self._activations
         return ReversibleSequence(list(self)[index], whole if isinstance(whole, str) else whole[index], self._exact)
 
-    def _report(self, first: int, autocast: bool, exact: bool, error: Tensor) -> None:
+    def _report(self, first: int, autocast: bool, exact: bool, uses_it: bool, error: Tensor) -> None:
+        if not uses_it:
+            return
         # A sequence may run more than once in a step.
         known = self._errors.get(first)
         self._errors[first] = error if known is None else torch.maximum(known, error)

@@ -30,6 +30,8 @@ class Squeeze(Rearrangement):
         torch.Size([2, 12, 2, 3])
     """
 
+    fixed = True
+
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
         if factor < 1:
