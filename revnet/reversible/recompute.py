@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,18 +63,11 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
         return result
 
     tensors = (*state, *structure.tensors(context))
-    breaks_off = run.tolerance is None and not any(map(_must_finish, modules_in(layer)))
+    # RReLU saves its noise ahead of drawing it: a second evaluation that breaks off there would leave it undrawn.
+    breaks_off = run.tolerance is None and not any(isinstance(m, nn.RReLU) for m in modules_in(layer))
     result = checkpoint(
         evaluate, log_det, *tensors, use_reentrant=False, preserve_rng_state=False, early_stop=breaks_off
     )
     if result is None:
         raise failures.pop()  # which would hold this frame, and with it the state, in a cycle
     return result
-
-
-def _must_finish(module: nn.Module) -> bool:
-    """Whether breaking off within a module goes wrong.
-
-    RReLU saves its noise before it draws it, and TorchScript makes an error of what breaks it off.
-    """
-    return isinstance(module, nn.RReLU | torch.jit.ScriptModule)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
+from revnet.models import revnet38
 from revnet.models.branches import BasicBranch, BottleneckBranch
 from revnet.models.units import PointwiseShortcut, PoolPadShortcut, TransitionUnit
 from revnet.profiling import MemoryTimeline
@@ -34,3 +35,19 @@ def test_a_transition_and_the_coupling_behind_it_are_the_unit_of_the_paper(branc
     x1, x2 = x[:, :8], x[:, 8:]
     assert torch.equal(y1, unit.shortcut1(x1) + unit.f(x2.contiguous()))
     assert torch.equal(y2, unit.shortcut2(x2) + coupling.branch(y1))
+
+
+def test_hooks_on_the_branch_of_a_transition_see_what_it_returns():
+    found = []
+    for hooked in (True, False):
+        torch.manual_seed(0)
+        network = revnet38(activations="store", exact=False).double()
+        seen, f = [], network.layer2[0].f
+        if hooked:
+            f.register_forward_hook(lambda _, __, output, seen=seen: seen.append((output, output.clone())))
+            f.register_full_backward_hook(lambda *_, seen=seen: seen.append(None))
+        network(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+        found.append([p.grad for p in network.parameters()])
+        assert len(seen) == (2 if hooked else 0)
+        assert not hooked or torch.equal(*seen[0])
+    assert all(map(torch.equal, *found))

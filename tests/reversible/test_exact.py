@@ -128,8 +128,10 @@ GRIDS = pytest.mark.parametrize(
 
 
 @GRIDS
-def test_errors_that_cancel_in_a_plain_sum_are_seen(dtype, step_size, bound):
-    x = to_grid(2.5 + torch.rand(4, 8, 6, 6, dtype=dtype), dtype)
+@pytest.mark.parametrize("size", [1, 2**-8])
+def test_errors_that_cancel_in_a_plain_sum_are_seen(dtype, step_size, bound, size):
+    torch.manual_seed(0)
+    x = to_grid(size * (2.5 + torch.rand(4, 8, 6, 6, dtype=dtype)), dtype)
     sample, bits = Sample((x,), exact=True), {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
     for _ in range(50):
         up, down = torch.randperm(x.numel())[:2]

@@ -2,16 +2,17 @@
 
 import gc
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from revnet import ReversibleSequence, is_recomputing
+from revnet import AdditiveCoupling, ReversibleSequence, is_recomputing
 from revnet.models import revnet38
 from revnet.profiling import MemoryTimeline
-from tests.reversible.networks import BRANCHES, MODES, VALUES, blocks, same, sequence, step
+from tests.reversible.networks import BRANCHES, EVERY, MODES, VALUES, blocks, same, sequence, step
 
 
 @pytest.fixture
@@ -145,3 +146,24 @@ def test_flop_counter_works_over_a_whole_network(activations, exact):
     # Where blocks are reconstructed, stem and transitions are recomputed, up to their last convolutions.
     expected = {"recompute": STEPS["recompute"], "reconstruct": 1.3166}[activations]
     assert flops(activations) / flops("store") == pytest.approx(expected, rel=1e-3)
+
+
+class RunsOut(nn.Module):
+    def forward(self, x):
+        raise torch.OutOfMemoryError("planned")
+
+
+@EVERY
+def test_a_forward_pass_that_raises_keeps_nothing(activations):
+    """What it had computed goes at once, so that a smaller batch can be tried."""
+    sequence = ReversibleSequence([AdditiveCoupling(RunsOut())], activations, exact=False)
+    x1, x2 = (x.requires_grad_() * 2 for x in torch.randn(2, 4, 6))
+    alive = weakref.ref(x1)
+    gc.disable()
+    try:
+        with suppress(torch.OutOfMemoryError):
+            sequence(x1, x2)
+        del x1, x2
+        assert alive() is None
+    finally:
+        gc.enable()

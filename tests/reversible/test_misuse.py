@@ -440,3 +440,47 @@ def test_parameters_without_a_shape_yet_are_refused_with_the_remedy(activations)
         net(x1, x2)
     sum(net(x1, x2)).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+class Penalised(AffineCoupling):
+    """Adds a term of its own to the log-determinant."""
+
+    def forward_and_log_det(self, x1, x2, context=None):
+        y, log_det = super().forward_and_log_det(x1, x2, context)
+        return y, log_det - 1
+
+
+def test_a_coupling_that_does_more_than_its_steps_is_refused(halves):
+    penalised, replaced = Penalised(nn.Identity()), AdditiveCoupling(nn.Identity())
+    replaced.forward = lambda x1, x2, context=None: (x1, x2)
+    with pytest.raises(TypeError, match="Penalised has a `forward_and_log_det` of its own"):
+        ReversibleSequence([penalised])(*halves.requires_grad_())
+    with pytest.raises(TypeError, match="AdditiveCoupling has a `forward` of its own"):
+        ReversibleSequence([replaced])(*halves)
+
+
+class Unfreezes(nn.Linear):
+    """Lets its bias require grad once it is called."""
+
+    def forward(self, x):
+        self.bias.requires_grad_(True)
+        return super().forward(x)
+
+
+@EXACT
+def test_a_parameter_that_the_forward_pass_unfreezes_is_too_late(exact):
+    branch = Unfreezes(6, 6)
+    branch.bias.requires_grad_(False)
+    sequence, x = ReversibleSequence([AdditiveCoupling(branch)], exact=exact), torch.randn(2, 4, 6)
+    outputs = sequence(*x)
+    with pytest.raises(RuntimeError, match="too late for a gradient of this step; run one forward pass"):
+        outputs[0].sum().backward()
+    sequence(*x)[0].sum().backward()
+    assert branch.bias.grad is not None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_branch_that_changes_its_input_is_refused_without_gradients_too(mode, halves):
+    branch = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    with mode(), pytest.raises(ValueError, match="Sequential changes its input in place"):
+        ReversibleSequence([AdditiveCoupling(branch)])(*halves)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from revnet import ReversibleBlock, ReversibleSequence
 from tests.reversible.networks import BRANCHES, EXACT, MODES, VALUES, same, sequence, step
 
 
@@ -105,3 +106,28 @@ def test_cached_parametrizations_get_their_gradients(activations, exact, x):
             return step(net, x)[1]
 
     assert same(gradients(activations), gradients("store"), exact)
+
+
+@pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
+def test_a_sequence_with_a_layer_without_an_inverse_is_recomputed_as_a_layer(activations):
+    found = []
+    for value in (activations, "store"):
+        torch.manual_seed(0)
+        inner = ReversibleSequence([Swap(), block()], value, exact=False)
+        network = ReversibleSequence([block(), inner, block()], value, exact=False)
+        assert not inner.has_inverse
+        sum(y.square().sum() for y in network(*torch.randn(2, 5, 4, dtype=torch.float64))).backward()
+        found.append([p.grad for p in network.parameters()])
+    assert network.plan() == ("store",) * 3
+    assert all(map(torch.allclose, *found))
+
+
+class Swap(nn.Module):
+    """Has no inverse."""
+
+    def forward(self, x1, x2):
+        return x2, x1
+
+
+def block():
+    return ReversibleBlock(*(nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), nn.Tanh()) for _ in range(2)))

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 
 from revnet import ReversibleBlock, ReversibleSequence, is_recomputing
-from revnet.reversible import Merge, Rearrangement, Split, Squeeze
+from revnet.reversible import Merge, Rearrangement, ReconstructionError, Split, Squeeze
 from tests.reversible.networks import EXACT, same
 
 C = 6
@@ -32,6 +32,29 @@ class Shuffle(Rearrangement):
 
     def inverse(self, x, context=None):
         return x[:, self.order.argsort()]
+
+
+class RandomShuffle(Rearrangement):
+    """Another order in every forward pass, kept in an attribute."""
+
+    def forward(self, x, context=None):
+        self.order = torch.randperm(C)
+        return x[:, self.order]
+
+    def inverse(self, x, context=None):
+        return x[:, self.order.argsort()]
+
+
+@EXACT
+@pytest.mark.filterwarnings("ignore:the reconstructed input")
+def test_an_order_that_has_changed_since_is_seen(exact):
+    layers = [RandomShuffle(), Split(), ReversibleBlock(linear(), linear()), Merge()]
+    sequence, x = ReversibleSequence(layers, exact=exact), torch.randn(5, C, dtype=torch.float64, requires_grad=True)
+    y = sequence(x)
+    with torch.no_grad():
+        sequence(x)
+    with pytest.raises(ReconstructionError):
+        y.sum().backward()
 
 
 def shuffled(activations, exact):

@@ -501,3 +501,81 @@ def test_a_forward_pass_that_raises_leaves_nothing_behind(activations, exact):
     weight.square().sum().backward()  # while the exception is held, and with it the frames that it came through
     assert torch.equal(weight.grad, torch.full((3,), 2.0))
     assert caught.value is not None
+
+
+class HoldsStatistics(nn.Module):
+    """Normalises with what its BatchNorm holds, without calling it, as fused operations do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(C, dtype=torch.float64)
+
+    def forward(self, x):
+        norm = self.norm
+        running = norm.running_mean, norm.running_var
+        return F.batch_norm(x, *running, norm.weight, norm.bias, norm.training, norm.momentum).tanh()
+
+
+class ReadsStatistics(HoldsStatistics):
+    """Reads the running variance in training, then moves it, as batch renormalisation does."""
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(x, 0, unbiased=False)
+        ratio = (variance / self.norm.running_var).sqrt().detach()
+        with torch.no_grad():
+            self.norm.running_var.lerp_(variance, 0.5)
+        return ((x - mean) / (variance + 1e-5).sqrt() * ratio * self.norm.weight + self.norm.bias).tanh()
+
+
+def instance_norm():
+    norm = nn.InstanceNorm1d(C, affine=True, track_running_stats=True, dtype=torch.float64)
+    return nn.Sequential(
+        nn.Unflatten(1, (C, 1)), nn.ConstantPad1d((0, 3), 1.0), norm, nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    )
+
+
+@pytest.mark.parametrize("branch", [HoldsStatistics, ReadsStatistics, instance_norm])
+@MODES
+def test_statistics_that_a_branch_reads_itself_count_once_and_give_the_gradients_of_store(branch, activations, exact):
+    found = []
+    for value in (activations, "store"):
+        network = blocks_of(branch, value, exact)
+        torch.manual_seed(2)
+        inputs = halves()
+        for _ in range(2):
+            gradients(network, inputs)
+        found.append(([p.grad for p in network.parameters()], list(network.buffers())))
+    (grads, buffers), (truth, expected) = found
+    assert same(grads, truth, exact)
+    assert same(buffers, expected, exact)
+
+
+class OwnParameter(nn.Parameter):
+    """A kind of parameter, as those on manifolds are."""
+
+
+class HoldsOwnParameter(nn.Linear):
+    def __init__(self):
+        super().__init__(C, C, dtype=torch.float64)
+        self.weight = OwnParameter(self.weight.detach().clone())
+
+    def forward(self, x):
+        assert type(self.weight) is OwnParameter
+        return super().forward(x).tanh()
+
+
+@MODES
+def test_a_subclass_of_parameter_stays_one(activations, exact):
+    assert_as_store(HoldsOwnParameter, activations, exact)
+
+
+@MODES
+def test_noise_that_is_saved_ahead_of_being_drawn_is_drawn_again(activations, exact):
+    found = []
+    for value in (activations, "store"):
+        network, inputs = blocks_of(lambda: nn.Sequential(linear(), nn.RReLU(0.1, 0.9)), value, exact), halves()
+        torch.manual_seed(3)
+        for x in inputs:
+            x.data = torch.randn(4, C, dtype=torch.float64)
+        found.append(gradients(network, inputs))
+    assert same(*found, exact)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import ReversibleBlock, ReversibleSequence
+from revnet import AdditiveCoupling, ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, ReconstructionError, ReconstructionWarning, Split, Watch
 from revnet.reversible.drift import Sample
 from tests.reversible.networks import EXACT, VALUES, blocks, curved, sequence, step
@@ -189,3 +189,24 @@ def test_a_state_of_zeros_is_no_drift(exact):
     y1, y2 = net(*torch.zeros(2, 3, 4, 6, 6))
     (y1 + y2).sum().backward()
     assert net.reconstruction_error < 1e-3
+
+
+class Halves(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).chunk(2, 1)
+
+
+class Large(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1e18
+
+
+@EXACT
+def test_what_recompute_reconstructs_is_not_judged_for_no_gradient_depends_on_it(exact):
+    found, x = [], torch.randn(5, 6)
+    for activations in ("recompute", "store"):
+        torch.manual_seed(0)
+        sequence = ReversibleSequence([Halves(6, 6), AdditiveCoupling(Large(3, 3), swap=True)], activations, exact)
+        sequence(x)[1].sum().backward()
+        found.append([p.grad for p in sequence.parameters()])
+    assert all(map(torch.equal, *found))
