@@ -179,14 +179,18 @@ class Evaluation:
             earlier |= {(id(owner), name): value for owner, name, value in self.buffers}
             copies: dict[int, Tensor] = {}  # a buffer in several places stays one
             for owner in self.owners:
-                # Without statistics a normalisation has none to write, which takes fewer operations than copies of
+                # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
                 # them; it then saves fewer tensors than in a first evaluation with a graph, and compiled code would be
                 # compiled again.
                 untracked = _only_writes(owner) and not self.with_graph
+                if untracked:
+                    restore.append((owner.__dict__, "track_running_stats", owner.track_running_stats))
+                    owner.__dict__["track_running_stats"] = False
                 for name, value in owner._buffers.items():
                     if untracked and name in _STATISTICS:
-                        restore.append((owner._buffers, name, value))
-                        owner._buffers[name] = None
+                        if isinstance(owner, _InstanceNorm):  # which writes them all the same if there are any
+                            restore.append((owner._buffers, name, value))
+                            owner._buffers[name] = None
                         continue
                     then = earlier.get((id(owner), name), value)
                     if value is then is None or id(value) in replaced:
@@ -214,11 +218,11 @@ def _alias(parameter: Tensor, needs_grad: bool) -> Tensor:
     if not (needs_grad or parameter.requires_grad):
         return parameter
     # A tensor that needs a gradient without being a leaf comes from functional_call: any alias serves.
-    detached = parameter.detach()
-    if isinstance(parameter, nn.Parameter) and type(detached) is torch.Tensor is not type(parameter):
-        alias = torch.Tensor._make_subclass(type(parameter), detached, needs_grad)
+    kind = type(parameter)
+    if kind is not nn.Parameter and isinstance(parameter, nn.Parameter) and type(parameter.detach()) is Tensor:
+        alias = Tensor._make_subclass(kind, parameter.detach(), needs_grad)
     else:
-        alias = nn.Parameter(parameter, needs_grad)
+        alias = nn.Parameter(parameter, needs_grad)  # which detaches it
     if parameter.__dict__:
         alias.__dict__.update(parameter.__dict__)
     return alias
