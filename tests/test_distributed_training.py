@@ -131,7 +131,15 @@ def two_processes(directory: Path, trainer: str) -> Iterator[list[subprocess.Pop
         yield [first, second]
 
 
-@pytest.mark.parametrize(("trainer", "told"), [("ddp", (0,)), ("ddp", (1,)), ("ddp", (1, 0)), ("fsdp", (0, 1))])
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ("ddp", (1, 0)),
+        ("fsdp", (0, 1)),
+        pytest.param("ddp", (0,), marks=pytest.mark.slow),
+        pytest.param("ddp", (1,), marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_of_two_processes_stops_where_both_are_whenever_one_is_told_to(
     trainer: str, told: tuple[int, ...], tmp_path: Path
 ) -> None:
