@@ -7,10 +7,13 @@ network is no RevNet, reconstructed where it is: "revnet38" in floating point, "
 ROOT/train and ROOT/test decides what the figures mean: NAME says it.
 
     python experiments/cifar10_accuracy.py ROOT [--name "CIFAR-10 (JPEG q75)"] [--epochs 30] [--seeds 0 1 2]
-        [--networks resnet32 revnet38 "revnet38 exact"] [--device cpu]
+        [--networks resnet32 revnet38 "revnet38 exact"] [--device cpu] [--threads 1]
 
 Each run is written as it ends to experiments/results/cifar10_HARDWARE_DATE.json, with its whole configuration; one that
 is there already is not repeated, one that was stopped goes on. The picture beside it shows the curves.
+
+Small networks use one core better than two: started twice side by side, each on other networks or seeds and with
+--threads 1, it trains more in the same time. Such runs count for the errors; times are told by those without --threads.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ TWINS = {"revnet38": "resnet32", "revnet38 exact": "resnet32", "revnet110": "res
 
 def run(network: str, seed: int, options: argparse.Namespace) -> Row:
     """Trains, tests and measures one network."""
+    all_threads = torch.get_num_threads()
     name, arguments = NETWORKS[network]
     directory = ROOT / "runs" / "cifar10" / f"{network.replace(' ', '_')}_{seed}_{options.epochs}"
     cfg = compose(
@@ -69,6 +73,7 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
         "trainer.precision=bf16-mixed",
         f"trainer.max_epochs={options.epochs}",
         f"seed={seed}",
+        f"threads={options.threads or 'null'}",
         f"run_dir={directory}",
         "ckpt_path=last",
     )
@@ -81,6 +86,7 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
     rate = median(values(directory, "images_per_second"))
     configuration = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(configuration, dict)
+    torch.set_num_threads(all_threads)
     configuration["data"]["root"], configuration["run_dir"] = "ROOT", str(directory.relative_to(ROOT))
     return {
         "network": network,
@@ -145,7 +151,8 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         first = next(other for other in rows if other["network"] == row["network"])
         label = row["network"] if row is first else None
         axes[0].plot(epochs, curve, color=color, linewidth=1, label=label)
-        axes[1].plot([row["seconds_per_epoch"] / 60 * epoch for epoch in epochs], curve, color=color, linewidth=1)
+        if timed(row):
+            axes[1].plot([row["seconds_per_epoch"] / 60 * epoch for epoch in epochs], curve, color=color, linewidth=1)
     axes[0].set(xlabel="epoch", ylabel="accuracy on the validation tenth, %")
     axes[1].set(xlabel="minutes of training")
     for axis in axes:
@@ -166,7 +173,8 @@ def show(rows: list[Row], title: str) -> None:
         less = "" if found is None else f"{found[0]:+.2f}"
         if found is not None and found[1] is not None:
             less += f" ({found[1][0]:+.2f} to {found[1][1]:+.2f})"
-        reached = [minutes for row in own if (minutes := minutes_to(row, 0.9)) is not None]
+        alone = [row for row in own if timed(row)]
+        reached = [minutes for row in alone if (minutes := minutes_to(row, 0.9)) is not None]
         table.add_row(
             network,
             str(epochs),
@@ -174,11 +182,16 @@ def show(rows: list[Row], title: str) -> None:
             f"{mean(map(error, own)):.2f}  ({', '.join(f'{error(row):.2f}' for row in own)})",
             less,
             f"{mean(100 * (1 - row['test_accuracy_with_flip']) for row in own):.2f}",
-            f"{mean(row['seconds_per_epoch'] for row in own):.0f}",
-            f"{mean(reached):.0f}" if len(reached) == len(own) else "not reached",
+            f"{mean(row['seconds_per_epoch'] for row in alone):.0f}" if alone else "",
+            "" if not alone else f"{mean(reached):.0f}" if len(reached) == len(alone) else "not reached",
             f"{own[0]['peak_bytes_of_activations'] / 1e6:.1f}",
         )
     Console(width=150).print(table)
+
+
+def timed(row: Row) -> bool:
+    """Whether the run had all threads, and so the machine, to itself."""
+    return row["configuration"]["threads"] is None
 
 
 def minutes_to(row: Row, accuracy: float) -> float | None:
@@ -195,6 +208,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="of torch; all unless given")
     options = parser.parse_args()
     allocator_keeps_memory()
     settings = {"data": options.name}
@@ -203,7 +217,9 @@ def main() -> None:
         for network in options.networks:
             key = (network, seed, options.epochs)
             if key not in [(row["network"], row["seed"], row["epochs"]) for row in rows]:
-                rows.append(run(network, seed, options))
+                row = run(network, seed, options)
+                # Another process may have written its own meanwhile.
+                rows = [*resumed("cifar10", settings, options.device, path)[1], row]
                 record(path, settings, rows, options.device)
                 draw(rows, f"{options.name}, bf16", path)
     show(rows, options.name)
