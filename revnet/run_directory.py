@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -59,12 +60,12 @@ class KeepRuns(Callback):
 
 
 def with_saved_overrides(arguments: list[str]) -> list[str]:
-    """Put what a run was started with before the arguments that are to go on with it.
+    """Put what a run was started with before the overrides that are to go on with it.
 
     With `ckpt_path=last` and `run_dir=PATH` among them, the overrides in the newest record of PATH (`.hydra`, or
     `.hydra_N` of a run that was resumed before) come first, so that they hold again, and those given now on top of
-    them. The checkpoint is that which the run itself was to go on from where it has not come to one of its own. Any
-    other arguments are returned as they are.
+    them; its `--config-dir` holds again, too, unless another is given. The checkpoint is that which the run itself was
+    to go on from where it has not come to one of its own. Any other arguments are returned as they are.
 
     Raises:
         ValueError: there is no such record, or the directory is not given.
@@ -83,12 +84,23 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
     }
     if not records:
         raise ValueError(f"{given[-1]}: no run was started there (it has no .hydra/overrides.yaml)")
-    saved = [str(override) for override in OmegaConf.load(records[max(records)])]
+    record = records[max(records)]
+    saved = [str(override) for override in OmegaConf.load(record)]
     again = {argument.partition("=")[0] for argument in arguments}
     origin = [override for override in saved if override.startswith("ckpt_path=") and parse(override).value()]
     if origin and not any(directory.glob("checkpoints/*.ckpt")):
         arguments = [origin[-1] if argument == "ckpt_path=last" else argument for argument in arguments]
-    return [*(override for override in saved if override.partition("=")[0] not in again), *arguments]
+    saved = [override for override in saved if override.partition("=")[0] not in again]
+    flags = get_args_parser().parse_args(arguments)
+    first = arguments.index(flags.overrides[0])  # flags may stand before overrides and behind, not in their midst
+    directory_of_configs = [] if flags.config_dir else _config_dir(record.with_name("hydra.yaml"))
+    return [*directory_of_configs, *arguments[:first], *saved, *arguments[first:]]
+
+
+def _config_dir(record: Path) -> list[str]:
+    """The flag that a run was started with, or nothing."""
+    sources = OmegaConf.load(record).hydra.runtime.config_sources
+    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
 
 
 def _is_of_another_run(ckpt_path: str, checkpoints: Path) -> bool:

@@ -205,6 +205,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
             "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "
             "choose trainer=gpu or trainer=cpu, or more devices"
         )
+    if trainer.max_epochs == -1 and trainer.max_steps == -1 and cfg.scheduler is not None:
+        raise ValueError(
+            "trainer.max_epochs=-1: the schedule needs to know when training ends; set trainer.max_epochs or "
+            "trainer.max_steps"
+        )
     record = Path(cfg.run_dir, "environment.json")
     if trainer.is_global_zero and not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -365,10 +365,12 @@ def test_a_run_with_checkpoints_does_not_go_on_from_those_of_another(
     assert invoke(main, "run_dir=mine", f"ckpt_path={tmp_path}/mine/checkpoints/best.ckpt") == 0
 
 
-def record(name: str, *overrides: str) -> None:
+def record(name: str, *overrides: str, config_dirs: Sequence[str] = ()) -> None:
     directory = Path("mine", name)
     directory.mkdir(parents=True)
     OmegaConf.save(list(overrides), directory / "overrides.yaml")
+    sources = [{"path": path, "provider": "command-line"} for path in config_dirs]
+    OmegaConf.save({"hydra": {"runtime": {"config_sources": sources}}}, directory / "hydra.yaml")
 
 
 LAST = ["run_dir=mine", "ckpt_path=last"]
@@ -395,6 +397,25 @@ def test_a_run_without_a_checkpoint_of_its_own_begins_where_it_was_to() -> None:
     Path("mine/checkpoints").mkdir()
     Path("mine/checkpoints/last.ckpt").touch()
     assert with_saved_overrides(LAST) == ["seed=1", *LAST]
+
+
+def test_a_run_goes_on_with_configurations_of_the_user() -> None:
+    record(".hydra", "seed=1", config_dirs=["/mine"])
+    assert with_saved_overrides(LAST) == ["--config-dir=/mine", "seed=1", *LAST]
+    other = ["--config-dir", "other"]
+    assert with_saved_overrides([*other, *LAST]) == [*other, "seed=1", *LAST]
+
+
+def test_a_run_goes_on_with_a_configuration_of_the_user_from_the_command_line(tmp_path: Path) -> None:
+    Path("own/experiment").mkdir(parents=True)
+    Path("own/experiment/my_run.yaml").write_text("# @package _global_\nseed: 17\n")
+    seen = []
+    start = command("train")(lambda cfg: seen.append(cfg.seed))
+    again = command("train", lambda: sys.argv.__setitem__(slice(1, None), with_saved_overrides(sys.argv[1:])))
+    assert invoke(start, "--config-dir", "own", "experiment=my_run", "run_dir=mine") == 0
+    assert invoke(again(lambda cfg: seen.append(cfg.seed)), *LAST) == 0
+    assert invoke(again(lambda cfg: seen.append(cfg.seed)), "--config-dir", "own", *LAST) == 0
+    assert seen == [17, 17, 17]
 
 
 def test_other_processes_of_a_distributed_run_may_join_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-__all__ = ["Continuation"]
+__all__ = ["Continuation", "in_mid_epoch"]
 
 KEY = "continuation"
 
@@ -51,8 +51,7 @@ class Continuation(Callback):
                 logger.save()
                 if isinstance(logger, CSVLogger):
                     logs[str(logger.name)] = [Path(logger.log_dir).name, len(_lines(_file(logger)))]
-        epoch = trainer.fit_loop.epoch_progress.current
-        unfinished = epoch.processed < epoch.ready  # type: ignore[attr-defined]
+        unfinished = in_mid_epoch(trainer)
         own = {
             "random": _random_state(pl_module.device),
             "sums": _sums(pl_module) if unfinished else {},
@@ -122,6 +121,12 @@ class Continuation(Callback):
                 step, metrics = self._loaded["unlogged"]
                 logger.log_metrics(dict(metrics), step)
             logger.save()
+
+
+def in_mid_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the epoch at hand has steps, or its last validation, still to come."""
+    epoch = trainer.fit_loop.epoch_progress.current
+    return bool(epoch.processed < epoch.ready)  # type: ignore[attr-defined]
 
 
 def _follow(state: dict[str, Any] | None, directory: Path) -> None:

@@ -13,6 +13,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from revnet.training.continuation import in_mid_epoch
+
 __all__ = ["LastCheckpoint"]
 
 
@@ -99,9 +101,12 @@ class LastCheckpoint(Checkpoint):
         """Save if the training, and not a test, was told to stop: Lightning then stops between two steps."""
         if isinstance(exception, SIGTERMException) and trainer.training:
             loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-            epoch = trainer.fit_loop.epoch_progress.current
-            unfinished = epoch.processed < epoch.ready  # type: ignore[attr-defined]
-            if unfinished and fetcher and loop._should_check_val_fx(fetcher) and not loop._should_accumulate():
+            if (
+                in_mid_epoch(trainer)
+                and fetcher
+                and loop._should_check_val_fx(fetcher)
+                and not loop._should_accumulate()
+            ):
                 # Behind a validation in mid-epoch Lightning goes on by counting the step that it belongs to again.
                 loop._batches_that_stepped -= 1
             self._save(trainer)

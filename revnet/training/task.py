@@ -31,6 +31,9 @@ class Task(pl.LightningModule):
             rate as it is.
         config: how network and data are made, as plain dictionaries, lists and numbers. It is written into every
             checkpoint under the key `config` and not looked at otherwise.
+
+    Raises:
+        ValueError: optimizer or scheduler refuse their settings; here already, so that no data is loaded for nothing.
     """
 
     def __init__(
@@ -47,6 +50,10 @@ class Task(pl.LightningModule):
         self._scheduler = scheduler
         self._settings: dict[str, Any] = {}
         self._loaded_settings: dict[str, Any] = {}
+        if optimizer is not None:
+            trial = _make("optimizer", optimizer, parameter_groups(network))
+            if scheduler is not None:
+                _make("scheduler", scheduler, trial, total_steps=1000)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over `parameter_groups`, and the schedule over the steps that the trainer will take."""

@@ -69,6 +69,23 @@ def test_what_a_schedule_has_made_of_other_settings_is_kept(fit: Fit, half: Call
     assert resumed == [(lr, momentum, 0.5) for lr, momentum, _ in whole[8:]]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "line"),
+    [
+        (partial(torch.optim.SGD, lr=0.1, nesterov=True), None, "optimizer: Nesterov"),
+        (partial(torch.optim.SGD, lr=0.1), partial(one_cycle, rise=2), "scheduler: rise .* got 2"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_there_is_data(optimizer: Any, scheduler: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        Classifier(tiny_network(), optimizer, scheduler)
+
+
+def test_a_training_without_end_has_no_schedule(fit: Fit) -> None:
+    with pytest.raises(ValueError, match="the schedule needs to know when training ends"):
+        fit(classifier(one_cycle), max_epochs=-1)
+
+
 def test_the_state_of_another_optimizer_is_refused(fit: Fit, half: Callable[..., Path]) -> None:
     path = half(classifier())
     adam = Classifier(tiny_network(), partial(torch.optim.Adam, lr=0.1))
