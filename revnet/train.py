@@ -57,6 +57,11 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
         raise ValueError(
             f"data.normalization={data.normalization}, but the flow takes images in [0, 1]: set data.normalization=unit"
         )
+    if getattr(network, "dequantise", None) is not None and cfg.trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision}, but the flow adds noise to images, for which half precision "
+            f"has no room: choose {str(cfg.trainer.precision).replace('true', 'mixed')} or 32-true"
+        )
     task = instantiate(
         cfg.task,
         network=network,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class InvertibleConvolution(Bijection):
             return _mixed(torch.linalg.inv(self.weight().double()), y), -self._log_det(y)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return (self.log_scale.sum() * x[0, 0].numel()).expand(x.shape[0])
+        return (self.log_scale.sum() * math.prod(x.shape[2:])).expand(x.shape[0])
 
     def extra_repr(self) -> str:
         return f"{len(self.sign)}"

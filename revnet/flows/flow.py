@@ -104,6 +104,8 @@ class Flow(nn.Module):
         if isinstance(self._prior, str):
             if self._prior not in PRIORS:
                 raise ValueError(f"prior={self._prior!r}: give one of {', '.join(map(repr, PRIORS))} or a distribution")
+        elif not isinstance(self._prior, Distribution):
+            raise TypeError(f"prior={self._prior!r}: give one of {', '.join(map(repr, PRIORS))} or a distribution")
         elif tuple(self._prior.event_shape) != (self.dims,) or self._prior.batch_shape:
             raise ValueError(
                 f"prior has event shape {tuple(self._prior.event_shape)} and batch shape "
@@ -144,10 +146,12 @@ class Flow(nn.Module):
         context = self._embedded(context, len(x))
         y: Any = x if self.dequantise is None else self.dequantise(x)
         h, log_det, factored = y, x.new_zeros(len(x)), []
-        for stage in self._stages():
+        for index, stage in enumerate(self._stages()):
             h, term = stage.forward_and_log_det(h, context=context)
             log_det = log_det + term
             if isinstance(h, tuple):
+                if not isinstance(stage[-1], FactorOut):
+                    raise ValueError(f"stages: stage {index} returns two halves; let Merge or FactorOut end it")
                 h, out = h
                 factored.append(out)
         latents = [*factored, h]
@@ -255,8 +259,8 @@ class Flow(nn.Module):
         return context
 
     def _embedded(self, context: Any, n: int) -> Any:
-        if isinstance(context, Tensor) and len(context) != n:
-            raise ValueError(f"context has {len(context)} entries for {n} examples; give one for each")
+        if isinstance(context, Tensor) and context.shape[:1] != (n,):
+            raise ValueError(f"context has shape {tuple(context.shape)} for {n} examples; give one entry for each")
         if self.embedding is None:
             return context
         if context is None:

@@ -14,6 +14,9 @@ from revnet.flows.finite import has_values
 __all__ = ["MLP", "ClassEmbedding", "ResidualNetwork", "ScaleAndShift"]
 
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 class ClassEmbedding(nn.Embedding):
     """A learnt vector of size `size` for each of `classes` labels: the condition of a flow on images of classes.
 
@@ -33,13 +36,13 @@ class ClassEmbedding(nn.Embedding):
         super().__init__(classes, size)
 
     def forward(self, input: Tensor) -> Tensor:
-        whole = isinstance(input, Tensor) and input.ndim == 1 and not input.is_floating_point()
+        whole = isinstance(input, Tensor) and input.ndim == 1 and input.dtype in _WHOLE
         if not whole or (has_values(input) and not bool(((input >= 0) & (input < self.num_embeddings)).all())):
             raise ValueError(
                 f"context: give the label of each example, a tensor of shape (B,) of whole numbers from 0 to "
                 f"{self.num_embeddings - 1}; got {input!r}"
             )
-        return super().forward(input)
+        return super().forward(input.long())
 
 
 def _condition(network: nn.Module, layer: nn.Linear | None, context: Tensor | None) -> Tensor | float:

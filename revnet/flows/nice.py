@@ -53,6 +53,8 @@ def nice(
         >>> flow.log_prob(torch.rand(3, 1, 4, 4)).shape, flow.sample(2).shape
         (torch.Size([3]), torch.Size([2, 1, 4, 4]))
     """
+    if not isinstance(event_shape, Sequence):
+        raise ValueError(f"event_shape={event_shape!r}: give the shape of an example, such as (1, 28, 28) or (784,)")
     dims = math.prod(event_shape)
     if dims % 2 or couplings < 1:
         raise ValueError(

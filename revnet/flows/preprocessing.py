@@ -18,7 +18,7 @@ __all__ = ["Dequantise", "Logit"]
 
 def check_unit_interval(x: Tensor, layer: str) -> None:
     """Raises ValueError for values outside [0, 1] and for NaN."""
-    if not has_values(x):
+    if not has_values(x) or not x.numel():
         return
     low, high = (value.item() for value in x.detach().aminmax())
     if not (low >= 0 and high <= 1):
@@ -39,7 +39,7 @@ class Dequantise(Bijection):
     Flooring has no gradient; that of y passes straight through it.
 
     Raises:
-        ValueError: values outside [0, 1].
+        ValueError: values outside [0, 1], or in half precision, where they are as far apart as the levels.
 
     Example:
         >>> import torch
@@ -51,6 +51,11 @@ class Dequantise(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Output and log-determinant of shape (B,)."""
+        if x.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"Dequantise: in {x.dtype} there is no room for noise between the 256 levels; give the images in "
+                f"float32, and half precision to the couplings alone, by autocast"
+            )
         check_unit_interval(x, "Dequantise")
         # Kept off the ends of a level by more than rounding, which could carry a value over.
         noise = torch.rand_like(x) * (1 - 2**-13) + 2**-14
@@ -113,4 +118,4 @@ class Logit(Bijection):
 
 
 def _constant(x: Tensor, per_component: float) -> Tensor:
-    return x.new_full((x.shape[0],), x[0].numel() * per_component)
+    return x.new_full((x.shape[0],), math.prod(x.shape[1:]) * per_component)

@@ -44,7 +44,7 @@ def realnvp(
 
     At every scale but the last: `couplings` couplings on a checkerboard, a squeeze, `couplings` between halves of the
     channels, and half of the channels factored out; at the last `couplings` + 1 on a checkerboard. Every coupling has a
-    residual network of its own.
+    residual network of its own, with twice as many maps behind every squeeze.
 
     ActNorm stands behind every coupling, on the half that it moved, where the paper has batch normalisation: that could
     not be undone from its output in training mode, and makes the density of an example depend on its batch. Inside the
@@ -55,7 +55,7 @@ def realnvp(
     Args:
         image_shape: (C, H, W), with H and W multiples of 2 ** (scales - 1) and W of 2 ** scales.
         scales: number of scales, at least 1.
-        blocks, width: residual blocks of a coupling's network, and their maps.
+        blocks, width: residual blocks of a coupling's network, and their maps in front of the first squeeze.
         couplings: number of couplings in each part.
         prior: "normal", "logistic" or a distribution of event shape (C * H * W,).
         classes: number of classes; `log_prob`, `sample` and the rest then need the labels as `context`.
@@ -74,6 +74,8 @@ def realnvp(
         >>> flow.log_prob(torch.rand(2, 3, 8, 8)).shape, flow.sample(2).shape
         (torch.Size([2]), torch.Size([2, 3, 8, 8]))
     """
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
+        raise ValueError(f"image_shape={image_shape!r}: give channels, height and width, such as (3, 32, 32)")
     channels, height, columns = image_shape
     if scales < 1 or couplings < 1 or height % 2 ** (scales - 1) or columns % 2**scales:
         raise ValueError(
@@ -103,7 +105,7 @@ def realnvp(
     latents = []
     for _ in range(scales - 1):
         part = [*checkerboard(couplings), Squeeze()]
-        channels, height, columns = 4 * channels, height // 2, columns // 2
+        channels, height, columns, width = 4 * channels, height // 2, columns // 2, 2 * width
         parts.append([*part, *channelwise(couplings), FactorOut()])
         channels //= 2
         latents.append((channels, height, columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ __all__ = ["ActNorm", "Scaling"]
 
 
 class _FromFirstBatch(Bijection):
-    """A layer whose parameters are set by the first batch that goes forward through it in training mode."""
+    """A layer whose parameters are set by the first finite batch that goes forward through it in training mode."""
 
     initialised: Tensor
 
@@ -23,16 +24,20 @@ class _FromFirstBatch(Bijection):
         self.register_buffer("initialised", torch.tensor(False))
         self._seen = False  # the buffer was True when last read: asking it again would wait for the device
 
-    def _look_at(self, x: Tensor) -> None:
+    @torch.no_grad()
+    def _look_at(self, x: Tensor, dims: list[int]) -> None:
         # A second evaluation in the backward pass has the buffers of the first, and is none to initialise.
-        if self.training and not self._seen and not is_recomputing():
-            if not self.initialised:
-                with torch.no_grad():
-                    self._initialise(x)
-                    self.initialised.fill_(True)
-            self._seen = True
+        if not self.training or self._seen or is_recomputing():
+            return
+        if not self.initialised:
+            mean, deviation = _mean_and_deviation(x, dims)
+            if not bool(torch.isfinite(mean).all() & torch.isfinite(deviation).all()):
+                return  # of a batch that the flow refuses
+            self._initialise(mean, deviation)
+            self.initialised.fill_(True)
+        self._seen = True
 
-    def _initialise(self, x: Tensor) -> None:
+    def _initialise(self, mean: Tensor, deviation: Tensor) -> None:
         raise NotImplementedError
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -70,15 +75,15 @@ class Scaling(_FromFirstBatch):
 
     def forward_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Output and log-determinant of shape (B,)."""
-        self._look_at(x)
+        self._look_at(x, [0])
         return x * self.log_scale.exp(), self.log_scale.sum().expand(x.shape[0])
 
     def inverse_and_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Input and the negative log-determinant."""
         return y * (-self.log_scale).exp(), -self.log_scale.sum().expand(y.shape[0])
 
-    def _initialise(self, x: Tensor) -> None:
-        self.log_scale.copy_(-_mean_and_deviation(x, [0])[1].log().reshape(self.log_scale.shape))
+    def _initialise(self, mean: Tensor, deviation: Tensor) -> None:
+        self.log_scale.copy_(-deviation.log().reshape(self.log_scale.shape))
 
 
 class ActNorm(_FromFirstBatch):
@@ -111,7 +116,7 @@ class ActNorm(_FromFirstBatch):
 
     def forward_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Output and log-determinant of shape (B,)."""
-        self._look_at(x)
+        self._look_at(x, [0, *range(2, x.ndim)])
         shift, log_scale = (p.view(-1, *[1] * (x.ndim - 2)) for p in (self.shift, self.log_scale))
         return (x + shift) * log_scale.exp(), self._log_det(x)
 
@@ -121,10 +126,9 @@ class ActNorm(_FromFirstBatch):
         return y * (-log_scale).exp() - shift, -self._log_det(y)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return (self.log_scale.sum() * x[0, 0].numel()).expand(x.shape[0])
+        return (self.log_scale.sum() * math.prod(x.shape[2:])).expand(x.shape[0])
 
-    def _initialise(self, x: Tensor) -> None:
-        mean, deviation = _mean_and_deviation(x, [0, *range(2, x.ndim)])
+    def _initialise(self, mean: Tensor, deviation: Tensor) -> None:
         self.shift.copy_(-mean)
         self.log_scale.copy_(-deviation.log())
 

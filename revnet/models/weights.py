@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if _is_plain(value):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, partial):
         given = [*map(str, value.args), *(f"{name}={item}" for name, item in value.keywords.items())]
         return f"{_plain(value.func)}({', '.join(given)})"

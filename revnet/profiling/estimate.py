@@ -87,7 +87,8 @@ def without_data(model: nn.Module, input_shape: Sequence[int]) -> Iterator[tuple
 
 def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple; ValueError if it is none."""
-    if isinstance(shape, str) or not all(type(size) is int and size > 0 for size in shape) or not len(shape):
+    sizes = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"{name} must be a sequence of positive integers, such as (8, 3, 32, 32); got {shape!r}")
     return tuple(shape)
 
@@ -95,19 +96,17 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     """A copy whose parameters and buffers have no data; on a CPU if the model is on the meta device."""
     mode = mode or FakeTensorMode()
-    attributes = [value for module in model.modules() for value in vars(module).values()]
+    attributes = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     memo: dict[int, Any] = {}
     with mode:
-        for t in (*model.parameters(), *model.buffers(), *filter(_is_meta, attributes)):
+        # What a forward pass has left in an attribute, with its graph, cannot be copied otherwise.
+        left = [t for t in attributes if t.is_meta or not t.is_leaf]
+        for t in (*model.parameters(), *model.buffers(), *left):
             # The meta device has neither autocast nor the operators of a device that computes.
-            device = "cpu" if _is_meta(t) else t.device
+            device = "cpu" if t.is_meta else t.device
             fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
             memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     return copy.deepcopy(model, memo)
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "meta"
 
 
 def _place(error: UnknownSize, model: nn.Module) -> str:
@@ -132,6 +131,8 @@ def _quiet() -> Iterator[None]:
 
 def _as_for_real(optimizer: MakeOptimizer) -> MakeOptimizer:
     """The same, stepping all parameters at once where it does with real ones; with fake ones it would not."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer  # which is refused for what it is
 
     def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         built = optimizer(parameters)

@@ -81,6 +81,8 @@ def measure_time(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
     check_device(model, input)
 
     def clock() -> float:

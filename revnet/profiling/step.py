@@ -40,7 +40,7 @@ def loss_of(model: nn.Module, input: Tensor, loss: Loss, dtype: torch.dtype | No
 
 
 def _autocast(model: nn.Module, input: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    if dtype is None or dtype in {p.dtype for p in model.parameters()}:
+    if dtype is None or {p.dtype for p in model.parameters() if p.is_floating_point()} == {dtype}:
         return nullcontext()
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
@@ -74,9 +74,14 @@ def check_device(model: nn.Module, input: Tensor) -> None:
 
 @contextmanager
 def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Gives back parameters, buffers and random generators as they were; gradients are cleared before and after."""
+    """Gives back parameters, buffers, plain attributes and random generators; gradients are cleared around."""
     values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    # A layer may have noted that it has seen its first batch, say.
+    plain = [
+        (vars(module), {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | None)})
+        for module in model.modules()
+    ]
     devices, kind = ([], "cuda") if device.type in ("cpu", "meta") else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         model.zero_grad()
@@ -90,3 +95,5 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
                 for slots, before in buffers:
                     slots.clear()
                     slots.update(before)
+                for attributes, values_before in plain:
+                    attributes.update(values_before)

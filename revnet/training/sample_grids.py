@@ -19,7 +19,7 @@ __all__ = ["SampleGrids"]
 
 
 class SampleGrids(Callback):
-    """Draw samples, reconstructions and interpolations of a flow after a validation; do nothing for other networks.
+    """Draw samples, reconstructions and interpolations of a flow at a validation; do nothing for other networks.
 
     - `samples`: of the same latent vectors every time, each column of one class where the flow has classes;
     - `reconstructions`: validation images, and below each of them what decoding its latent vector gives;
@@ -48,7 +48,6 @@ class SampleGrids(Callback):
         self.every_n_epochs = every_n_epochs
         self.rows = rows
         self.columns = columns
-        self._seen: tuple[Tensor, Tensor] | None = None
 
     def on_validation_batch_end(
         self,
@@ -59,24 +58,18 @@ class SampleGrids(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images."""
-        if batch_idx == 0:
-            self._seen = batch
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw, with the weights that were validated."""
-        seen, self._seen = self._seen, None
+        """Draw, with the first images and the weights that are validated."""
         epoch = trainer.current_epoch + 1
         if (
             not isinstance(pl_module, DensityEstimator)
             or trainer.sanity_checking
             or epoch % self.every_n_epochs
-            or seen is None
+            or batch_idx > 0
             or not trainer.is_global_zero
         ):
             return
         with torch.no_grad(), seeded(0, pl_module.device):
-            pictures = self._pictures(pl_module, *seen)
+            pictures = self._pictures(pl_module, *batch)
         self.dirpath.mkdir(parents=True, exist_ok=True)
         for name, (images, columns) in pictures.items():
             grid = make_grid(images.float().clamp(0, 1), nrow=columns)

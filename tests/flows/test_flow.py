@@ -220,6 +220,12 @@ def test_a_prior_that_does_not_fit(prior, message):
         plane(prior=prior)
 
 
+@pytest.mark.parametrize("prior", [None, 3, nn.Identity()])
+def test_a_prior_that_is_none(prior):
+    with pytest.raises(TypeError, match=r"prior=.*: give one of 'normal', 'logistic' or a distribution"):
+        plane(prior=prior)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -232,7 +238,8 @@ def test_a_prior_that_does_not_fit(prior, message):
         (lambda flow: flow.interpolate(torch.randn(3, 2), torch.randn(2, 2), 3), "as many examples at one end"),
         (lambda flow: flow.interpolate(torch.randn(3, 2), torch.randn(3, 2), 1), "steps=1 .* at least 2"),
         (lambda flow: flow.sample(2, context=torch.randn(2, 5).double()), "built without a condition"),
-        (lambda flow: flow.sample(2, context=torch.randn(3, 5).double()), "3 entries for 2 examples"),
+        (lambda flow: flow.sample(2, context=torch.randn(3, 5).double()), r"context has shape \(3, 5\) for 2"),
+        (lambda flow: flow.log_prob(torch.randn(2, 2).double(), torch.tensor(1)), r"context has shape \(\) for 2"),
     ],
 )
 def test_a_mistake_is_named(call, message):
@@ -240,10 +247,50 @@ def test_a_mistake_is_named(call, message):
         call(plane())
 
 
-@pytest.mark.parametrize("labels", [None, torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0])])
+@pytest.mark.parametrize(
+    "labels", [None, torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0]), torch.tensor([True, False])]
+)
 def test_labels_that_are_none(labels):
     with pytest.raises(ValueError, match=r"^context: "):
         images(classes=3).log_prob(torch.rand(2, 2, 4, 4).double(), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_may_be_whole_numbers_of_any_size(dtype):
+    flow, x, labels = images(classes=3, dequantise=False), torch.rand(2, 2, 4, 4).double(), torch.tensor([2, 0])
+    assert flow.log_prob(x, labels.to(dtype)).equal(flow.log_prob(x, labels))
+
+
+def test_no_examples_have_no_densities():
+    flow = nice((1, 2, 2), hidden=4, layers=1).eval()
+    assert flow.log_prob(torch.rand(0, 1, 2, 2)).shape == (0,)
+    assert flow.decode(torch.rand(0, 4)).shape == (0, 1, 2, 2)
+
+
+def test_a_stage_that_ends_in_two_halves_is_refused():
+    halves = ReversibleSequence([Split(), *couplings()])
+    for shapes in (None, [(1,), (1,)]):
+        with pytest.raises(ValueError, match="stage 0 returns two halves; let Merge or FactorOut end it"):
+            Flow([halves], (2,), shapes).log_prob(torch.randn(3, 2))
+
+
+def test_a_flow_is_measured_and_then_initialised_by_its_first_batch():
+    flow, x = Flow([ReversibleSequence([ActNorm(2)])], (2,)), 5 + 2 * torch.randn(64, 2)
+    measure_memory(flow.stages[0], torch.randn(64, 2))
+    assert not flow.stages[0][0].initialised
+    flow.log_prob(x)
+    assert flow.stages[0][0].initialised
+    torch.testing.assert_close(flow.encode(x).std(0, correction=0), torch.ones(2))
+
+
+def test_the_first_finite_batch_initialises():
+    flow, x = Flow([ReversibleSequence([ActNorm(2), Scaling((2,))])], (2,)), 5 + 2 * torch.randn(64, 2)
+    for value in (float("nan"), float("inf")):
+        wrong = x.clone()
+        wrong[3, 1] = value
+        with pytest.raises(NonFiniteError, match="the examples hold values"):
+            flow.log_prob(wrong)
+    torch.testing.assert_close(flow.encode(x).std(0, correction=0), torch.ones(2))
 
 
 def test_stages_and_shapes_that_do_not_fit():

@@ -49,6 +49,7 @@ def test_it_learns_which_pixels_vary():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"event_shape": 784}, "event_shape=784: give the shape of an example"),
         ({"event_shape": (1, 3, 3)}, "has 9 components.*an even number"),
         ({"event_shape": (4,), "couplings": 0}, "couplings=0.*at least one coupling"),
         ({"event_shape": (4,), "layers": 0}, "layers=0: give at least one hidden layer"),

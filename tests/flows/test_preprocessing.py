@@ -33,6 +33,12 @@ def test_values_outside_the_unit_interval(layer, value):
         layer(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_needs_room_between_the_levels(dtype):
+    with pytest.raises(ValueError, match="no room for noise between the 256 levels; give the images in float32"):
+        Dequantise()(torch.rand(2, 3).to(dtype))
+
+
 def test_logit_is_the_formula():
     x = torch.rand(2, 3, dtype=torch.float64)
     torch.testing.assert_close(Logit()(x), torch.logit(0.05 + 0.9 * x))

@@ -19,8 +19,8 @@ def test_it_is_the_network_of_the_paper():
     assert flow.latent_shapes == ((6, 16, 16), (6, 16, 16))
     assert isinstance(flow.stages[0][0], Logit)
     networks = [module for module in flow.modules() if type(module).__name__ == "ResidualNetwork"]
-    assert {(len(n.blocks), n.first.out_channels) for n in networks} == {(8, 64)}
-    assert len(networks) == 10
+    assert {len(n.blocks) for n in networks} == {8}
+    assert [n.first.out_channels for n in networks] == [64] * 3 + [128] * 7  # doubled behind the squeeze (section 3.6)
 
 
 def test_at_first_the_couplings_change_nothing():
@@ -65,6 +65,8 @@ def test_reconstruction_after_training_is_accurate():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"image_shape": (32, 32)}, r"image_shape=\(32, 32\): give channels, height and width"),
+        ({"image_shape": 32}, "image_shape=32: give channels, height and width"),
         ({"image_shape": (3, 6, 6)}, r"image_shape=\(3, 6, 6\).*can be halved"),
         ({"image_shape": (3, 8, 8), "scales": 0}, "scales=0.*at least one scale"),
         ({"image_shape": (3, 8, 8), "couplings": 0}, "couplings=0.*one coupling"),

@@ -4,6 +4,7 @@ import json
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,7 +13,16 @@ from torch import nn
 from torchvision.models import ResNet50_Weights, resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from revnet.models import architecture_of, get_model, list_models, load_weights, revnet18, revnet38, save_weights
+from revnet.models import (
+    architecture_of,
+    get_model,
+    list_models,
+    load_weights,
+    revnet18,
+    revnet38,
+    revnet50,
+    save_weights,
+)
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
 
@@ -71,6 +81,13 @@ def test_a_replaced_linear_layer_counts(file):
     save_weights(network, file)  # which replaces the file that was there
     assert architecture_of(file)["arguments"] == {"num_classes": 4}
     assert outputs(revnet18(num_classes=4, weights=file)).equal(outputs(network))
+
+
+def test_numbers_of_numpy_are_recorded_as_numbers(file):
+    save_weights(revnet50(in_channels=np.int64(4), replace_stride_with_dilation=[np.bool_(False)] * 3), file)
+    held = architecture_of(file)["arguments"]
+    assert held == {"num_classes": 1000, "in_channels": 4, "replace_stride_with_dilation": [False] * 3}
+    assert revnet50(**held, weights=file).conv1.in_channels == 4
 
 
 @pytest.mark.parametrize(

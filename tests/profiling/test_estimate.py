@@ -83,6 +83,22 @@ def test_the_model_is_not_changed():
     assert not network.training
 
 
+class Remembers(nn.Linear):
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last.square()
+
+
+def test_a_feature_map_that_a_forward_pass_has_left_is_no_hindrance():
+    network = Remembers(64, 64)
+    network(torch.randn(8, 64))
+    last = network.last
+    assert estimate(network, (8, 64)) == measure_memory(network, torch.randn(8, 64))
+    network.last = last
+    estimate(network, (8, 64))
+    assert network.last is last
+
+
 def test_mistakes_are_told(caplog):
     network = get_model("revnet38")
     with pytest.raises(ValueError, match=r"input_shape=\(2, 4, 8, 8\): RevNet does not take it: ValueError: images of"):
@@ -90,7 +106,7 @@ def test_mistakes_are_told(caplog):
     with pytest.raises(ValueError, match=r"input_shape=\(2, 7\): Linear does not take it: RuntimeError"):
         estimate(nn.Linear(8, 8), (2, 7))
     assert not caplog.records
-    for shape in ((2, 0), (2, 3.0), (), "2, 3", (-1, 2)):
+    for shape in ((2, 0), (2, 3.0), (), "2, 3", (-1, 2), 8):
         with pytest.raises(ValueError, match="input_shape must be a sequence of positive integers"):
             estimate(network, shape)
     with pytest.raises(ValueError, match="no floating-point tensor"):
@@ -103,8 +119,10 @@ def test_mistakes_are_told(caplog):
         estimate(nn.Linear(4, 4), (2, 4), loss=lambda y: y)
     with pytest.raises(ValueError, match=r"dtype must be .* got torch.float64"):
         estimate(nn.Linear(4, 4), (2, 4), dtype=torch.float64)
-    with pytest.raises(TypeError, match="optimizer must be a function from parameters"):
-        estimate(nn.Linear(4, 4), (2, 4), optimizer=lambda parameters: 3)
+    instance = torch.optim.SGD(network.parameters(), lr=0.1)
+    for optimizer in (lambda parameters: 3, instance):
+        with pytest.raises(TypeError, match="optimizer must be a function from parameters"):
+            estimate(nn.Linear(4, 4), (2, 4), optimizer=optimizer)
 
 
 class Scaled(nn.Module):

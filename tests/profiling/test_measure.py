@@ -72,6 +72,33 @@ def test_buffers_are_left_as_they_were(take):
     assert network.replaced.equal(torch.zeros(8))
 
 
+class Counts(nn.Linear):
+    """One with a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.calls, self.last = 0, None
+
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("take", [measure_memory, measure_time, partial(measure, repeats=1)])
+def test_plain_attributes_are_left_as_they_were(take):
+    network = Counts()
+    take(network, torch.randn(4, 8))
+    assert (network.calls, network.last) == (0, None)
+
+
+def test_autocast_is_left_out_only_where_all_of_the_network_has_the_dtype():
+    x = torch.randn(4, 8)
+    mixed = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8).bfloat16()})
+    mixed.forward = lambda x: mixed["b"](mixed["a"](x))  # which only autocast brings together
+    assert measure_memory(mixed, x, dtype=torch.bfloat16).kept > 0
+    assert measure_memory(nn.Linear(8, 8).bfloat16(), x.bfloat16(), dtype=torch.bfloat16).kept > 0
+
+
 def test_time_is_the_median_with_quartiles():
     time = measure_time(nn.Linear(10, 10), torch.randn(4, 10), optimizer=SGD, repeats=7)
     low, high = time.step_quartiles
@@ -80,6 +107,8 @@ def test_time_is_the_median_with_quartiles():
     assert measure_time(nn.Linear(10, 10), torch.randn(4, 10)).optimizer == 0
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         measure_time(nn.Linear(2, 2), torch.randn(1, 2), repeats=0)
+    with pytest.raises(ValueError, match="warmup must be at least 0, got -5"):
+        measure_time(nn.Linear(2, 2), torch.randn(1, 2), warmup=-5)
 
 
 def test_a_measurement_is_saved_read_back_and_printed(tmp_path):
