@@ -261,12 +261,6 @@ def test_labels_may_be_whole_numbers_of_any_size(dtype):
     assert flow.log_prob(x, labels.to(dtype)).equal(flow.log_prob(x, labels))
 
 
-def test_no_examples_have_no_densities():
-    flow = nice((1, 2, 2), hidden=4, layers=1).eval()
-    assert flow.log_prob(torch.rand(0, 1, 2, 2)).shape == (0,)
-    assert flow.decode(torch.rand(0, 4)).shape == (0, 1, 2, 2)
-
-
 def test_a_stage_that_ends_in_two_halves_is_refused():
     halves = ReversibleSequence([Split(), *couplings()])
     for shapes in (None, [(1,), (1,)]):
