@@ -26,7 +26,7 @@ NOISE = (  # Lightning, on its own use of torch and on what is meant so: no vali
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"Total length of `list` across ranks is zero",
     r"You defined a `validation_step` but have no `val_dataloader`",
-    r"`ModelCheckpoint\(monitor='val/accuracy'\)` could not find the monitored key",
+    r"`ModelCheckpoint\(monitor='val/(accuracy|bits_per_dim)'\)` could not find the monitored key",
     r"Checkpoint directory .* exists and is not empty",
     r"You're using the WeightAveraging callback with a model that overrides the configure_model",
     r"You requested to overfit but enabled .* shuffling",
@@ -70,6 +70,7 @@ def command(
                         line = f"{type(error).__name__}: {error}"
                     line = f"{' '.join(run.overrides.task)}: {line}"
                     print(f"revnet-{config_name}: {line}", file=sys.stderr)
+                    _let_go(error)
                     raise JobFailed(line) from error
                 if line is None:
                     raise
@@ -118,6 +119,13 @@ def _told_to_stop(stop: SystemExit) -> tuple[str | None, int]:
     if type(stop).__name__ == "SIGTERMException":
         return "stopped by SIGTERM", 143
     return ("interrupted", 130) if isinstance(stop.__context__, KeyboardInterrupt) else (None, 0)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Give back what the frames of an error hold: a sweep keeps it to its end, and with it the memory of the job."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _silence() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,7 +17,12 @@ from revnet.cli import command
 from revnet.processes import rank
 from revnet.train import build
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule
+
 __all__ = ["evaluate", "offer_checkpoint", "main"]
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT = "ckpt_path=runs/NAME/DATE/checkpoints/best.ckpt"
 
@@ -55,7 +61,9 @@ def offer_checkpoint(overrides: list[str]) -> None:
             )
     elif not any(text.startswith("-") for text in overrides):
         raise ValueError(f"ckpt_path and weights are missing: revnet-eval {CHECKPOINT}, or weights=PATH data=digits")
-    rest = {key: config[key] for key in ("name",) if key in config}
+    rest: dict[str, Any] = {key: config[key] for key in ("name",) if key in config}
+    if "normalization" in config["data"]:
+        rest["data"] = {"normalization": config["data"]["normalization"]}
     if "trainer" in config:
         rest["trainer"] = {"precision": config["trainer"]["precision"]}
     store = ConfigStore.instance()
@@ -110,7 +118,9 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if cfg.weights is not None:
         models.load_weights(task.network, cfg.weights)
     else:
-        load_weights(task, read_checkpoint(cfg.ckpt_path), cfg.ckpt_path)
+        checkpoint = read_checkpoint(cfg.ckpt_path)
+        load_weights(task, checkpoint, cfg.ckpt_path)
+        _prepare_as_for_training(data, cfg.data, checkpoint)
     files = {"tested weights": cfg.weights or cfg.ckpt_path}
     if cfg.save_weights is not None:
         files["written weights"] = cfg.save_weights
@@ -131,6 +141,17 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         print_summary(cfg.name, task, metrics, files=files)
     return metrics
+
+
+def _prepare_as_for_training(data: LightningDataModule, cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
+    """Normalise the images by what the network was trained with, and say what else is done to them in another way."""
+    trained = checkpoint["config"]["data"]
+    state = checkpoint.get(trained["_target_"].rpartition(".")[2])
+    if state is not None:
+        data.load_state_dict(state)
+    for key in ("normalization", "image_size", "crop_ratio"):
+        if key in cfg and key in trained and cfg[key] != trained[key]:
+            log.warning("data.%s=%s, but the network was trained with %s", key, cfg[key], trained[key])
 
 
 @command("eval", prepare=lambda: offer_checkpoint(sys.argv[1:]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import CodeType
 from typing import NoReturn
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.utils import get_object
@@ -25,10 +26,14 @@ from revnet.flows import NonFiniteError
 from revnet.processes import rank
 from revnet.reversible import ReconstructionError
 
-__all__ = ["mistake", "leave", "valid"]
+__all__ = ["mistake", "is_out_of_memory", "leave", "valid"]
 
 PACKAGE = Path(__file__).parent
-REFUSALS = ("hydra/_internal/utils.py", "lightning_fabric/plugins/environments/")  # of flags, of numbers of processes
+REFUSALS = (  # of flags, of numbers of processes, of val_check_interval
+    "hydra/_internal/utils.py",
+    "lightning_fabric/plugins/environments/",
+    "pytorch_lightning/loops/fit_loop.py",
+)
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/output", "hydra/job_logging", "hydra/hydra_logging")
 LOST = r"DistBackendError|DistNetworkError|/gloo/"  # of torch.distributed, where another process does not answer
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -52,9 +57,9 @@ def mistake(error: BaseException) -> str | None:
     """Tell a user's mistake from an error of the program.
 
     Mistakes are what Hydra and OmegaConf refuse, values that a configured object refuses with a ValueError or
-    TypeError, errors of the file system that name a path, a full disk, and every ValueError, TypeError,
-    FileNotFoundError or ModuleNotFoundError that this package raises on purpose (by a `raise` statement), in this
-    process or in a data loader's worker. So is the end of another process of a distributed run.
+    TypeError, a lack of memory, errors of the file system that name a path, a full disk, and every ValueError,
+    TypeError, FileNotFoundError or ModuleNotFoundError that this package raises on purpose (by a `raise` statement), in
+    this process or in a data loader's worker. So is the end of another process of a distributed run.
 
     Returns:
         One line for the user, or None.
@@ -83,6 +88,8 @@ def mistake(error: BaseException) -> str | None:
         return line
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{line}: make room where this command writes, or choose another disk"
+    if is_out_of_memory(error):
+        return f"out of memory: {line}; give a smaller data.batch_size, or n to revnet-sample"
     if isinstance(error, ReconstructionError):
         return (
             f"{line}; or the training diverges: a lower optimizer.lr; callbacks.drift.fall_back_above=0.1 leaves such "
@@ -106,6 +113,11 @@ def mistake(error: BaseException) -> str | None:
     if configured and isinstance(error, ImportError):
         return f"{configured}: {_missing_extra(line) or line}"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a device or of the CPU, has no more to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def valid(name: str, names: Sequence[str]) -> str:

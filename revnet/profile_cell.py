@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from revnet.mistakes import mistake
+from revnet.mistakes import is_out_of_memory, mistake
 from revnet.profiling import Memory, estimate, max_batch, measure, parse_bytes, plan
 from revnet.reversible import ReversibleSequence, compile_branches, set_activations
 
@@ -136,7 +136,7 @@ def _has_sequence(model: nn.Module) -> bool:
 
 def _reason(error: Exception) -> str:
     first = " ".join(str(error).strip().splitlines()[:1])
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
+    if is_out_of_memory(error):
         return f"out of memory; a smaller batch_size, or mode=estimate, which allocates nothing ({first})"
     return mistake(error) or f"{type(error).__name__}: {first}"
 

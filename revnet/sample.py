@@ -39,6 +39,10 @@ def sample(cfg: DictConfig) -> Tensor:
         value = cfg[name]
         if not ((isinstance(value, int) and value >= least) or (name == "columns" and value is None)):
             raise ValueError(f"{name}={value}: give a whole number, at least {least}")
+    if not isinstance(cfg.temperature, int | float) or not 0 <= cfg.temperature < math.inf:
+        raise ValueError(f"temperature={cfg.temperature}: give a factor of the latents' spread, at least 0")
+    if not isinstance(cfg.out, str):
+        raise ValueError(f"out={cfg.out}: give a picture's name, such as samples.png")
     if Path(cfg.out).exists():
         raise ValueError(f"out={cfg.out} exists already: remove it, or give another path")
     if Path(cfg.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):

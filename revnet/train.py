@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from revnet.cli import command
-from revnet.mistakes import leave
+from revnet.mistakes import is_out_of_memory, leave
 from revnet.reversible import compile_branches, set_chunk_size
 from revnet.run_directory import with_saved_overrides
 
@@ -57,6 +57,8 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
         raise ValueError(
             f"data.normalization={data.normalization}, but the flow takes images in [0, 1]: set data.normalization=unit"
         )
+    if hasattr(network, "log_prob") and (cfg.data.get("mixup") or cfg.data.get("cutmix")):
+        raise ValueError("data.mixup and data.cutmix are for classifiers: set them to 0 for a flow")
     if getattr(network, "dequantise", None) is not None and cfg.trainer.precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision}, but the flow adds noise to images, for which half precision "
@@ -196,7 +198,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
     if ckpt_path is not None:
         load_weights(task, read_checkpoint(ckpt_path), ckpt_path)
-    callbacks = [instantiate(node) for node in cfg.callbacks.values() if node is not None]
+    # An experiment may have settings for a callback that the command line has left out.
+    callbacks = [instantiate(node) for node in cfg.callbacks.values() if node is not None and "_target_" in node]
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
@@ -259,7 +262,7 @@ def _leaving_when_told(trainer: Trainer, run_dir: str) -> Iterator[None]:
 
 def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str | None, cfg: DictConfig) -> None:
     """Train, and say in one line what was too much for disk or memory."""
-    from revnet.training import is_out_of_memory, memory_of, out_of_memory
+    from revnet.training import memory_of, out_of_memory
 
     try:
         trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -280,7 +283,11 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
 def main(cfg: DictConfig) -> float | None:
     """Train as the command line says, and give a sweeper its metric."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir
-    metrics = train(cfg)
+    try:
+        metrics = train(cfg)
+    finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()  # or the next job of a sweep would write into the run of this one
     if cfg.optimized_metric is None:
         return None
     if cfg.optimized_metric not in metrics:

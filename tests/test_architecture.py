@@ -37,7 +37,7 @@ LAYERS = {
     },
     "revnet.report": {"rich", "matplotlib", "jinja2"},
     "revnet.processes": {"torch"},
-    "revnet.mistakes": {"revnet.flows", "revnet.processes", "revnet.reversible", "hydra", "omegaconf"},
+    "revnet.mistakes": {"revnet.flows", "revnet.processes", "revnet.reversible", "torch", "hydra", "omegaconf"},
     "revnet.arguments": {"revnet.mistakes", "hydra", "omegaconf"},
     "revnet.run_directory": {"revnet.mistakes", "revnet.processes", "hydra", "omegaconf"},
     "revnet.cli": {"revnet.arguments", "revnet.mistakes", "hydra", "omegaconf"},

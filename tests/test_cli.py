@@ -1,8 +1,10 @@
 import errno
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from revnet.cli import command, compose
-from revnet.mistakes import leave, mistake
+from revnet.mistakes import is_out_of_memory, leave, mistake
 from revnet.reversible import split_halves
 from revnet.run_directory import with_saved_overrides
 from revnet.training import read_checkpoint
@@ -309,6 +311,36 @@ def test_an_error_in_a_job_of_a_sweep_keeps_its_traceback(capsys: pytest.Capture
     said = lines(capsys.readouterr().err)
     assert "revnet-train: seed=2: ZeroDivisionError: division by zero" in said
     assert said.count("Traceback (most recent call last):") == 1
+
+
+def test_a_job_that_fails_leaves_its_memory_to_the_others() -> None:
+    class Held:
+        pass
+
+    there: list[weakref.ref] = []
+
+    def job(cfg: DictConfig) -> None:
+        if there:
+            gc.collect()
+            assert there[0]() is None
+        else:
+            activations = Held()
+            there.append(weakref.ref(activations))
+            try:
+                split_three_channels()
+            except ValueError as error:
+                raise ValueError("again") from error
+
+    assert invoke(command("train")(job), "-m", "seed=1,2") == 1
+    assert there[0]() is None
+
+
+def test_a_lack_of_memory_is_a_mistake() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    error = raised(torch.empty, 2**60)
+    assert is_out_of_memory(error)
+    assert re.fullmatch(r"out of memory: .*; give a smaller data.batch_size, .*", mistake(error) or "")
+    assert not is_out_of_memory(RuntimeError("something else"))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -140,6 +140,12 @@ def test_trainers_ask_for_their_devices() -> None:
         assert made._timeout == timedelta(minutes=3)
 
 
+@pytest.mark.parametrize("experiment", ["digits_quickstart", "nice_digits"])
+def test_the_device_of_an_experiment_can_be_chosen(experiment: str) -> None:
+    assert compose("train", f"experiment={experiment}").trainer.accelerator == "cpu"
+    assert compose("train", f"experiment={experiment}", "trainer=gpu").trainer.accelerator == "gpu"
+
+
 @pytest.mark.parametrize("option", options("debug"))
 def test_debug(option: str) -> None:
     cfg = compose("train", "experiment=cifar10_revnet38_paper", f"debug={option}")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from revnet import evaluate as evaluate_module
 from revnet import models
 from revnet import train as train_module
+from revnet.data import Fake
 from tests.commands import invoke
 from tests.test_train import TINY, rows
 
@@ -54,6 +55,29 @@ def test_single_values_of_the_run_are_changed(run: Path, capsys: pytest.CaptureF
     accuracy, loss = found_by(run)
     assert summary["test accuracy"] == accuracy
     assert summary["test loss"] != loss
+
+
+def test_other_data_are_normalised_as_for_training(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    preprocess = Fake.preprocess
+
+    def spy(data: Fake, images: torch.Tensor, training: bool) -> torch.Tensor:
+        seen.append((data.normalization, data.normalize.shift))
+        return preprocess(data, images, training)
+
+    monkeypatch.setattr(Fake, "preprocess", spy)
+    path = run / "checkpoints/best.ckpt"
+    state = torch.load(path, weights_only=True)["Fake"]
+    other = ("data=fake", "data.image_shape=[3,8,8]", "data.seed=7")
+    assert evaluate(f"ckpt_path={path}", *other) == 0
+    assert seen[-1][0] == state["normalization"] == "mean_std"
+    assert seen[-1][1].equal(state["shift"])
+    assert "trained with" not in capsys.readouterr().out
+    assert evaluate(f"ckpt_path={path}", *other, "data.normalization=symmetric") == 0
+    assert seen[-1][0] == "symmetric"
+    assert "data.normalization=symmetric, but the network was trained with mean_std" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

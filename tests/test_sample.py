@@ -79,6 +79,9 @@ def test_seed_temperature_and_class_decide(run: Path) -> None:
     [
         (("n=0",), r"n=0: give a whole number, at least 1"),
         (("temperature=-1",), r"temperature=-1: .*"),
+        (("temperature=high",), r"temperature=high: .*"),
+        (("temperature=null",), r"temperature=None: .*"),
+        (("out=null",), r"out=None: give a picture's name, .*"),
         (("class=3",), r"class=3: give a class from 0 to 2"),
         (("out=samples",), r"out=samples: give a picture's name, .*"),
     ],
@@ -114,6 +117,11 @@ def test_what_is_no_flow_s_checkpoint_is_one_line(capsys: pytest.CaptureFixture,
         (("model.classes=7",), r"model.classes=7, but the data has 3 classes: .*"),
         (("memory_budget=1GiB",), r"memory_budget=1GiB is for classifiers: .*"),
         (("task=classifier",), r".*Flow.*"),
+        (("data.mixup=0.2",), r"data.mixup and data.cutmix are for classifiers: .*"),
+        (
+            ("trainer.precision=bf16-true",),
+            r"trainer.precision=bf16-true, but the flow adds noise .* choose bf16-mixed .*",
+        ),
     ],
 )
 def test_a_flow_that_does_not_go_with_the_rest_is_one_line(

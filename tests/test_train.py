@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -204,6 +205,7 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
         (["+model.width=3"], r"model: .*'width'.*"),
         (["+trainer.steps=3"], r".*trainer.*steps.*"),
         (["ckpt_path=nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file; .*"),
+        (["+trainer.val_check_interval=100"], r".*`val_check_interval` \(100\) must be less than or equal to .*"),
         (["callbacks.drift.warn_above=-1"], r"warn_above=-1: give a relative error, at least 0, or None"),
         (
             ["model.exact=false", "callbacks.drift.raise_above=1e-9"],
@@ -215,6 +217,19 @@ def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.C
     assert train(*arguments) == 1
     (only,) = capsys.readouterr().err.strip().splitlines()
     assert re.fullmatch("revnet-train: " + line, only)
+
+
+def test_an_experiment_s_settings_of_a_callback_go_with_it() -> None:
+    tiny = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
+    arguments = ("experiment=nice_digits", "callbacks=none", "logger=none", "trainer.limit_test_batches=1", *tiny)
+    assert invoke(train_module.main, *arguments, "run_dir=here") == 0
+
+
+def test_the_jobs_of_a_sweep_have_runs_of_their_own_at_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train("seed=0,1", "logger=none", "callbacks=none", "-m") == 0
+    assert wandb.finish.call_count == 2
 
 
 def test_missing_data_is_one_line(capsys: pytest.CaptureFixture) -> None:

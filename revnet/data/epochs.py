@@ -60,7 +60,8 @@ class Epochs(Dataset[Batch]):
 class EpochLoader(DataLoader[Batch]):
     """A loader that keeps its place: `state_dict` says how many batches of the epoch it has handed out.
 
-    What they are is for the sampler to say, so the loader that goes on may have another number of processes.
+    What they are is for the sampler to say, so the loader that goes on may have another number of processes; it must
+    have batches of the same size.
     """
 
     _handed_out = 0  # of the present epoch
@@ -81,8 +82,21 @@ class EpochLoader(DataLoader[Batch]):
 
     def state_dict(self) -> dict[str, int]:
         """Return the place in the epoch; the end of one is the beginning of the next."""
-        return {"batches": self._handed_out % len(self)}
+        return {"batches": self._handed_out % len(self), "batch_size": self._images()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next epoch begin there."""
+        """Let the next epoch begin there.
+
+        Raises:
+            ValueError: in the middle of an epoch, if its batches have another size.
+        """
+        if state["batches"] and state["batch_size"] != self._images():
+            raise ValueError(
+                f"batch_size={self._images()}: the checkpoint is of the middle of an epoch in batches of "
+                f"{state['batch_size']}; go on with these, or from a checkpoint of an epoch's end, such as best.ckpt"
+            )
         self._begin = self._handed_out = state["batches"]
+
+    def _images(self) -> int:
+        """How many there are in a batch; a data set that hands out batches knows it itself."""
+        return self.batch_size or self.dataset.batch_size  # type: ignore[attr-defined]

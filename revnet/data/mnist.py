@@ -18,6 +18,8 @@ from revnet.data.module import ImageDataModule
 
 __all__ = ["MNIST"]
 
+FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
 
 class MNIST(ImageDataModule):
     """70,000 handwritten digits of 28x28 pixels; the official 10,000 are the test.
@@ -59,7 +61,7 @@ class MNIST(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Fetch the files where that is allowed."""
-        if self.download:
+        if self.download and not all(map(self._file, FILES)):
             try:
                 datasets.MNIST(self.root, download=True)
             except (OSError, RuntimeError) as error:
@@ -86,10 +88,13 @@ class MNIST(ImageDataModule):
         labels = self._array(f"{part}-labels-idx1-ubyte", dimensions=1)
         return TensorImages(images[:, None].repeat(1, self.image_shape[0], 1, 1), labels.long())
 
+    def _file(self, name: str) -> Path | None:
+        places = [folder / f"{name}{end}" for folder in (self.root, self.root / "MNIST/raw") for end in ("", ".gz")]
+        return next((place for place in places if place.is_file()), None)
+
     def _array(self, name: str, dimensions: int) -> Tensor:
         """The bytes in a file of the IDX format: two zeros, type, number of dimensions, each size, the data."""
-        places = [folder / f"{name}{end}" for folder in (self.root, self.root / "MNIST/raw") for end in ("", ".gz")]
-        path = next((place for place in places if place.is_file()), None)
+        path = self._file(name)
         if path is None:
             raise FileNotFoundError(
                 f"root={self.root}: {name} is not there, nor {name}.gz; put MNIST's four files there, or fetch them "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -50,6 +52,8 @@ class ImageDataModule(pl.LightningDataModule):
     Attributes:
         image_shape, num_classes: of the data; known from the start.
         splits: the data sets "train", "test" and, if there is validation, "val", after `setup`.
+
+    A checkpoint of the trainer keeps what the images were normalised by.
 
     Example:
         >>> from revnet.data import Digits
@@ -115,6 +119,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.mixup = mixup
         self.cutmix = cutmix
         self.splits: dict[str, Any] = {}
+        self._trained_with: Normalize | None = None
         self._seed: int | None = None
 
     def load(self) -> tuple[Images, Images | None, Images]:
@@ -156,8 +161,32 @@ class ImageDataModule(pl.LightningDataModule):
         sample = kept if isinstance(train, TensorImages) else kept[:: max(1, len(kept) // 2048)]
         measured = self.part(train, sample)
         loader = DataLoader(measured, 256, num_workers=self.num_workers, collate_fn=whole_batch)
-        self.normalize = Normalize.named(self.normalization, (images for images, _ in loader))
+        self.normalize = self.normalized_by(images for images, _ in loader)
         self.splits = splits
+
+    def normalized_by(self, batches: Iterable[Tensor]) -> Normalize:
+        """Return what a checkpoint says that its network was trained with, else what these images call for."""
+        return self._trained_with or Normalize.named(self.normalization, batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the images are normalised by."""
+        return {"normalization": self.normalization, **self.normalize.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Normalise the images, whatever they are, by what a network was trained with, unless told to do otherwise.
+
+        Raises:
+            ValueError: what it was trained with is a mean image of another shape.
+        """
+        if state["normalization"] != self.normalization:
+            return
+        shape = tuple(state["shift"].shape)
+        if any(size not in (1, there) for size, there in zip(shape, self.image_shape, strict=False)):
+            raise ValueError(
+                f"normalization={self.normalization}: the network was trained with one of shape {shape}, which images "
+                f"of shape {self.image_shape} do not fit; bring them to that shape, or choose another normalization"
+            )
+        self._trained_with = self.normalize = Normalize(state["shift"], state["scale"])
 
     def preprocess(self, images: Tensor, training: bool) -> Tensor:
         """Turn bytes into the input of a network: normalised and, for training, augmented.
@@ -241,7 +270,7 @@ class ImageDataModule(pl.LightningDataModule):
         sampler = options.get("sampler")
         # A generator of its own: to begin an epoch leaves torch's global one alone.
         seed = sampler.seed + sampler.epoch if sampler is not None else 0
-        return kind(
+        loader = kind(
             images,
             options.pop("batch_size", self.batch_size),
             num_workers=workers,
@@ -252,9 +281,22 @@ class ImageDataModule(pl.LightningDataModule):
             worker_init_fn=_leave_signals_to_the_trainer,
             **options,
         )
+        _LOADERS.add(loader)
+        return loader
+
+
+_LOADERS: weakref.WeakSet[DataLoader[Batch]] = weakref.WeakSet()
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Let a loader's process live on when SIGTERM or Ctrl-C reaches all processes of a run: the trainer ends it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_processes() -> None:
+    """End those of loaders that are still there; Python would send them the signal that they ignore, and wait."""
+    for loader in _LOADERS:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]

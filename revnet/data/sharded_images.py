@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from revnet.data.datasets import Batch
 from revnet.data.epochs import Places
 from revnet.data.image_files import ImageFiles
-from revnet.data.normalize import Normalize
 from revnet.data.shard_batches import ShardBatches, ShardLoader
 from revnet.data.shard_index import ShardIndex, need_webdataset
 
@@ -92,7 +91,7 @@ class ShardedImages(ImageFiles):
         # The images were shuffled when they were written: the first ones are a sample.
         measured = ShardBatches(self.root, train, self.plain(), 256)
         sample = range(min(8, len(measured)))
-        self.normalize = Normalize.named(self.normalization, (measured[index][0] for index in sample))
+        self.normalize = self.normalized_by(measured[index][0] for index in sample)
         self.splits = batches
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -79,6 +79,12 @@ def write_shards(
     conversion = {"root": str(source.resolve()), "shard_size": shard_size, "seed": seed, "files": contents.hexdigest()}
 
     target.mkdir(parents=True, exist_ok=True)
+    record_is_there = (target / RECORD).is_file()
+    strangers = [] if record_is_there else [file for file in ("index.json", *planned) if (target / file).exists()]
+    if strangers:
+        raise ValueError(
+            f"out={target} holds {strangers[0]}, but no record of a conversion ({RECORD}): choose another out"
+        )
     finished = {shard.file: shard for shard in _read_record(target, conversion) if shard.whole(target)}
     _write_record(target, conversion, finished.values())
     left = [shard for file, shard in planned.items() if file not in finished]

@@ -9,7 +9,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if _is_plain(value):
         return value
-    if isinstance(value, np.generic):
+    if hasattr(value, "item"):  # of numpy or torch
         return value.item()
     if isinstance(value, partial):
         given = [*map(str, value.args), *(f"{name}={item}" for name, item in value.keywords.items())]

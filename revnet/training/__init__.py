@@ -11,7 +11,7 @@ from revnet.training.environment import environment
 from revnet.training.fully_shard import FullyShard
 from revnet.training.last_checkpoint import LastCheckpoint
 from revnet.training.loss_guard import LossGuard
-from revnet.training.memory_budget import is_out_of_memory, memory_of, out_of_memory, spend_memory
+from revnet.training.memory_budget import memory_of, out_of_memory, spend_memory
 from revnet.training.monitor import TrainingMonitor
 from revnet.training.parameter_groups import parameter_groups
 from revnet.training.sample_grids import SampleGrids
@@ -38,7 +38,6 @@ __all__ = [
     "AtomicCheckpoints",
     "FullyShard",
     "spend_memory",
-    "is_out_of_memory",
     "out_of_memory",
     "memory_of",
     "newest_checkpoint",

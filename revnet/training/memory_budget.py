@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from revnet.profiling import estimate, max_batch, parse_bytes, plan
 from revnet.reversible import set_activations
 
-__all__ = ["spend_memory", "is_out_of_memory", "out_of_memory", "memory_of"]
+__all__ = ["spend_memory", "out_of_memory", "memory_of"]
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,6 @@ def spend_memory(
         raise ValueError(f"{beside}, and of what is left {error}") from error
     set_activations(network, found)
     log.info("memory_budget=%s: %s", memory_budget, found)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of a device or of the CPU, has no more to give."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def out_of_memory(

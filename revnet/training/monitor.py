@@ -45,6 +45,7 @@ class TrainingMonitor(Callback):
         self.reconstruction_error: float | None = None
         self._images = self._window_images = self._window_step = self._epochs = 0
         self._start = self._window_start = self._pause = self._paused = 0.0
+        self._validated = False  # in this epoch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -52,6 +53,7 @@ class TrainingMonitor(Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._images = self._window_images = self._epochs = 0
         self._paused = 0.0
+        self._validated = False
         self._start = self._window_start = time.perf_counter()
         self._window_step = trainer.global_step
 
@@ -72,11 +74,13 @@ class TrainingMonitor(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the clock."""
         self._paused += time.perf_counter() - self._pause
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the epoch's metrics into the log."""
         self._epochs += 1
-        splits = [text for split in ("train", "val") if (text := _figures(split, trainer.callback_metrics))]
+        names, self._validated = ("train", "val") if self._validated else ("train",), False
+        splits = [text for split in names if (text := _figures(split, trainer.callback_metrics))]
         if trainer.is_global_zero:
             log.info("epoch %d: %s", trainer.current_epoch, ", ".join(splits))
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision import datasets
 
 from revnet.data import MNIST
 
@@ -59,6 +60,17 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     path.with_name(f"{path.name}.gz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz is damaged"):
         MNIST(tmp_path).setup()
+
+
+def test_files_that_are_there_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path)
+    fetched = []
+    monkeypatch.setattr(datasets, "MNIST", lambda root, download: fetched.append(root))
+    MNIST(tmp_path, download=True).prepare_data()
+    assert fetched == []
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    MNIST(tmp_path, download=True).prepare_data()
+    assert fetched == [tmp_path]
 
 
 def test_a_compressed_file_is_damaged_wherever_it_is(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -131,6 +133,44 @@ def test_normalisation_is_measured_on_the_training_split_alone():
     images = data.splits["train"].dataset.images
     mean = images[data.splits["train"].indices].float().mean(dim=0)
     torch.testing.assert_close(data.preprocess(images, training=False), images.float() - mean)
+
+
+def test_other_images_are_normalised_as_those_that_a_network_was_trained_with():
+    data = Fake(image_shape=(3, 4, 4), normalization="mean_image")
+    data.setup()
+    images, state = data.splits["train"].dataset.images, data.state_dict()
+    for when in ("before", "after"):
+        other = Fake(image_shape=(3, 4, 4), normalization="mean_image", seed=1)
+        for step in (other.setup, lambda other=other: other.load_state_dict(state))[:: 1 if when == "after" else -1]:
+            step()
+        assert torch.equal(other.preprocess(images, training=False), data.preprocess(images, training=False))
+    told = Fake(image_shape=(3, 4, 4), normalization="symmetric")
+    told.load_state_dict(state)
+    told.setup()
+    torch.testing.assert_close(told.preprocess(images, training=False), images / 127.5 - 1)
+    with pytest.raises(
+        ValueError, match=r"normalization=mean_image: .* shape \(3, 4, 4\), which images of shape \(3, 8, 8\)"
+    ):
+        Fake(image_shape=(3, 8, 8), normalization="mean_image").load_state_dict(state)
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION)
+def test_the_middle_of_an_epoch_is_gone_on_with_in_batches_of_its_size(tmp_path):
+    def run(batch_size, *callbacks, ckpt_path=None):
+        data = Fake((1, 2, 2), train_size=60, batch_size=batch_size, val_fraction=0)
+        trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[Continuation(), *callbacks])
+        trainer.fit(Linear(data), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+
+    run(10, Save(tmp_path / "some.ckpt", 9))
+    with pytest.raises(ValueError, match=r"batch_size=5: .* the middle of an epoch in batches of 10; go on with these"):
+        run(5, ckpt_path=tmp_path / "some.ckpt")
+
+
+def test_a_script_ends_where_a_loader_has_processes():
+    script = (
+        "from revnet.data import Digits; d = Digits(num_workers=1); d.setup(); l = d.train_dataloader(); next(iter(l))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
 
 
 def test_training_is_shuffled_by_the_global_seed_and_drops_the_rest():

@@ -102,7 +102,9 @@ def test_an_epoch_that_is_interrupted_goes_on_with_the_next_batch(directory, bef
     resumed = loader(after)
     resumed.load_state_dict(state)
     assert names(resumed) == whole[4:]
-    assert resumed.state_dict() == {"batches": 0, "parts": max(before, 1)}
+    assert resumed.state_dict() == {"batches": 0, "batch_size": 3, "parts": max(before, 1)}
+    with pytest.raises(ValueError, match="batch_size=3: the checkpoint is of the middle of an epoch in batches of 2"):
+        resumed.load_state_dict({"batches": 1, "batch_size": 2, "parts": max(before, 1)})
     said = f"num_workers={before}, as in the training that is gone on with, and not {after}: they read a part each"
     assert caplog.messages == ([] if max(before, 1) == max(after, 1) else [said])
 

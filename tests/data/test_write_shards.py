@@ -46,6 +46,16 @@ def test_every_image_is_in_one_shard(tmp_path):
     assert [label for _, _, label in written] != [label for _, _, label in sorted(expected)]  # shuffled
 
 
+@pytest.mark.parametrize("name", ["train-000001.tar", "index.json"])
+def test_shards_without_a_record_are_not_written_over(tmp_path, name):
+    root, out = fill(tmp_path / "images", {"train": 25, "val": 6}), tmp_path / "shards"
+    out.mkdir()
+    (out / name).write_text("of somebody else")
+    with pytest.raises(ValueError, match=rf"shards holds {name}, but no record of a conversion .*: choose another out"):
+        write_shards(root, out, shard_size=10, num_workers=0)
+    assert contents(out) == {name: b"of somebody else"}
+
+
 @pytest.mark.filterwarnings(FORK)
 def test_an_interrupted_conversion_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch):
     root = fill(tmp_path / "images", {"train": 25, "test": 6})

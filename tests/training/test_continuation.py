@@ -53,6 +53,20 @@ def test_random_numbers_and_sums_go_on(save_at: int, fit: Callable[..., pl.Train
     assert counts == [20, 20][-len(counts) :]
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize("validate", [True, False])
+def test_what_was_validated_before_is_no_finding_of_a_training_without_validation(
+    validate: bool, fit: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    module = partial(Classifier, tiny_network(), partial(torch.optim.SGD, lr=0.1))
+    first = fit(module(), callbacks=[Continuation()], max_epochs=1)
+    assert "val/accuracy" in first.callback_metrics
+    first.save_checkpoint(tmp_path / "some.ckpt")
+    again = fit(module(), callbacks=[Continuation()], ckpt=tmp_path / "some.ckpt", validate=validate)
+    assert ("val/accuracy" in again.callback_metrics) == validate
+    assert "train/accuracy" in again.callback_metrics
+
+
 def test_a_checkpoint_without_such_a_state_is_taken_as_it_is(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
     module = partial(Classifier, tiny_network(), partial(torch.optim.SGD, lr=0.1))
     fit(module(), max_epochs=1).save_checkpoint(tmp_path / "some.ckpt")

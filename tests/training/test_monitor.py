@@ -108,6 +108,13 @@ def test_a_network_without_reversible_parts_has_no_reconstruction_error(fit: Fit
     assert monitor.reconstruction_error is None
 
 
+def test_an_epoch_without_validation_has_none_in_its_line(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "revnet.training.monitor"):
+        fit(slow_classifier(), callbacks=[TrainingMonitor()], max_epochs=4, check_val_every_n_epoch=2)
+    lines = [record.getMessage() for record in caplog.records if record.name == "revnet.training.monitor"]
+    assert ["val" in line for line in lines] == [False, True, False, True]
+
+
 def test_an_epoch_is_one_line_in_the_log(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "revnet.training.monitor"):
         trainer = fit(slow_classifier(), callbacks=[TrainingMonitor()])
