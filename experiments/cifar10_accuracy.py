@@ -1,12 +1,13 @@
-"""RevNets against their ResNet twins on CIFAR-10 as a folder of images: test error, time to accuracy, peak memory.
+"""RevNets against their ResNet twins on CIFAR-10: test error, time to accuracy, peak memory.
 
 The same recipe for all: bf16 autocast, channels_last, one cycle of SGD with Nesterov momentum, batch 128, shifts,
 mirror images, cutout, label smoothing. The epoch that is best on a fixed tenth of the training images is tested, once
 as it is and once with the logits of every image and its mirror image averaged. Activations are stored where the
-network is no RevNet, reconstructed where it is: "revnet38" in floating point, "revnet38 exact" on the grid. What is in
-ROOT/train and ROOT/test decides what the figures mean: NAME says it.
+network is no RevNet, reconstructed where it is: "revnet38" in floating point, "revnet38 exact" on the grid. ROOT is where
+torchvision's CIFAR-10 lies, or with --data image_folder a folder of images; what is in ROOT/train and ROOT/test then
+decides what the figures mean, and NAME says it.
 
-    python experiments/cifar10_accuracy.py ROOT [--name "CIFAR-10 (JPEG q75)"] [--epochs 30] [--seeds 0 1 2]
+    python experiments/cifar10_accuracy.py ROOT [--data cifar10] [--name CIFAR-10] [--epochs 30] [--seeds 0 1 2]
         [--networks resnet32 revnet38 "revnet38 exact"] [--device cpu] [--threads 1]
 
 Each run is written as it ends to experiments/results/cifar10_HARDWARE_DATE.json, with its whole configuration; one that
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, median
@@ -65,7 +67,7 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
         "experiment=cifar10_fast",
         f"model={name}",
         *(f"model.{key}={value}" for key, value in arguments.items()),
-        "data=image_folder",
+        f"data={options.data}",
         f"data.root={Path(options.root).resolve()}",
         "data.batch_size=128",
         "optimizer.lr=0.1",
@@ -202,7 +204,10 @@ def minutes_to(row: Row, accuracy: float) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parser.add_argument(
+        "root", help="of torchvision's CIFAR-10, or a folder with train/CLASS/*.jpg and test/CLASS/*.jpg"
+    )
+    parser.add_argument("--data", default="cifar10", choices=("cifar10", "image_folder"))
     parser.add_argument("--name", default="CIFAR-10", help="what the images are, for the record")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -211,6 +216,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch; all unless given")
     options = parser.parse_args()
     allocator_keeps_memory()
+    sys.argv[sys.argv.index(options.root)] = "ROOT"  # in the record, which is of no one place
     settings = {"data": options.name}
     path, rows = resumed("cifar10", settings, options.device)
     for seed in options.seeds:

@@ -64,7 +64,7 @@ class ReversibleSequence(nn.Sequential):
             holds values below 256 in fp32 (2^21 in fp64); a checksum of the whole state finds on the way back if any
             went beyond, and `reconstruction_error` is then more than 0. Additive couplings only (ValueError for
             others), fp32 or fp64 state only (TypeError). None, the default, is True for an fp32 state where every
-            layer allows it (it costs a few percent of a step), False elsewhere: fp64 hardly drifts.
+            layer allows it (it costs a few percent of a step on a CPU), False elsewhere: fp64 hardly drifts.
 
     Attributes:
         reconstruction_error: ||reconstructed - true|| / ||true|| of the last backward pass, the worst of the stretches
