@@ -3,8 +3,8 @@
 The same recipe for all: bf16 autocast, channels_last, one cycle of SGD with Nesterov momentum, batch 128, shifts,
 mirror images, cutout, label smoothing. The epoch that is best on a fixed tenth of the training images is tested, once
 as it is and once with the logits of every image and its mirror image averaged. Activations are stored where the
-network is no RevNet, reconstructed where it is: "revnet38" in floating point, "revnet38 exact" on the grid. ROOT is where
-torchvision's CIFAR-10 lies, or with --data image_folder a folder of images; what is in ROOT/train and ROOT/test then
+network is no RevNet, reconstructed where it is: "revnet38" in floating point, "revnet38 exact" on the grid. In ROOT
+lies torchvision's CIFAR-10, or with --data image_folder a folder of images; what is in ROOT/train and ROOT/test then
 decides what the figures mean, and NAME says it.
 
     python experiments/cifar10_accuracy.py ROOT [--data cifar10] [--name CIFAR-10] [--epochs 30] [--seeds 0 1 2]
@@ -204,9 +204,7 @@ def minutes_to(row: Row, accuracy: float) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "root", help="of torchvision's CIFAR-10, or a folder with train/CLASS/*.jpg and test/CLASS/*.jpg"
-    )
+    parser.add_argument("root", help="of torchvision's CIFAR-10, or folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--data", default="cifar10", choices=("cifar10", "image_folder"))
     parser.add_argument("--name", default="CIFAR-10", help="what the images are, for the record")
     parser.add_argument("--epochs", type=int, default=30)
