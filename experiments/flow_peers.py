@@ -8,7 +8,7 @@ by step, on the same batches:
 - store, reconstruct: ours under plain autograd and the reversible backward pass;
 - normflows: its NormalizingFlow of AffineCouplingBlocks.
 
-    python experiments/flow_peers.py [--steps 30] [--batch 16]
+    python experiments/flow_peers.py [--steps 30] [--batch 16]        (needs pip install -e '.[bench]')
 
 Result and picture: experiments/results/flow_peers_HARDWARE_DATE.
 """
@@ -22,9 +22,9 @@ from importlib.metadata import version
 from typing import Any
 
 import matplotlib
-import normflows
 import torch
 from contest import take_turns
+from peers_contestants import library
 from recording import allocator_keeps_memory, hardware, record, result_path
 from rich.console import Console
 from rich.progress import track
@@ -80,6 +80,7 @@ def contestants() -> dict[str, LogProb]:
         flow = Flow([ReversibleSequence([Split(), *couplings, Merge()])], event_shape=SHAPE)
         set_activations(flow, name)
         found[name] = LogProb(flow)
+    normflows = library("normflows")
     blocks = [
         normflows.flows.AffineCouplingBlock(
             Interleaved(copy.deepcopy(branch)), scale_map="exp", split_mode="channel_inv" if i % 2 else "channel"

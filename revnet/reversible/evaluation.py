@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Slot = tuple[nn.Module, str, Tensor, bool]
+ParameterPlace = tuple[nn.Module, str, Tensor, bool]
 _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
@@ -133,7 +133,7 @@ class Evaluation:
 
     owners: tuple[nn.Module, ...]
     modes: tuple[tuple[nn.Module, bool], ...]
-    parameters: tuple[Slot, ...]
+    parameters: tuple[ParameterPlace, ...]
     buffers: tuple[tuple[nn.Module, str, Tensor | None], ...]
     unchanged: tuple[tuple[nn.Module, str, Tensor | None, int], ...]
     random: tuple[Tensor, ...]
@@ -317,7 +317,7 @@ def observe(
     return result, Evaluation(owners, modes, _slots(owners), changed, unchanged, random, device, with_graph)
 
 
-def _slots(owners: Iterable[nn.Module]) -> tuple[Slot, ...]:
+def _slots(owners: Iterable[nn.Module]) -> tuple[ParameterPlace, ...]:
     return tuple([(m, n, p, p.requires_grad) for m in owners for n, p in parameters_of(m)])
 
 

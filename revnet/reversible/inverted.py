@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from revnet.reversible.coupling import Coupling, Step
 from revnet.reversible.halves import Rearrangement
-from revnet.reversible.layer import arguments, invert_layer, is_invertible
+from revnet.reversible.layer import arguments, as_output, check_invertible, invert_layer
 
 __all__ = ["invert"]
 
@@ -34,11 +34,7 @@ def invert(layer: nn.Module) -> nn.Module:
         return known
     if isinstance(layer, Coupling):
         return _InvertedCoupling(layer)
-    if not is_invertible(layer):
-        raise ValueError(
-            f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
-            f"invert the layers behind it, or replace it by an invertible one"
-        )
+    check_invertible(layer)
     return _InvertedRearrangement(layer) if isinstance(layer, Rearrangement) else _Inverted(layer)
 
 
@@ -88,7 +84,7 @@ class _Inverted(nn.Module):
         return self.layer
 
     def forward(self, y1: Tensor, y2: Tensor | None = None, context: Any = None) -> Any:
-        return _unwrap(invert_layer(self.layer, _state(y1, y2), context))
+        return as_output(invert_layer(self.layer, _state(y1, y2), context))
 
     def inverse(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> Any:
         """The input of this layer: the output of the one that it inverts."""
@@ -104,7 +100,7 @@ class _Inverted(nn.Module):
         x = invert_layer(self.layer, _state(y1, y2), context)
         there = getattr(self.layer, "forward_and_log_det", None)
         log_det = there(*x, **arguments(context))[1] if callable(there) else None
-        return _unwrap(x), None if log_det is None else -log_det
+        return as_output(x), None if log_det is None else -log_det
 
 
 class _InvertedRearrangement(_Inverted, Rearrangement):
@@ -119,7 +115,3 @@ class _InvertedRearrangement(_Inverted, Rearrangement):
 
 def _state(first: Tensor, second: Tensor | None) -> tuple[Tensor, ...]:
     return (first,) if second is None else (first, second)
-
-
-def _unwrap(state: tuple[Tensor, ...]) -> Any:
-    return state[0] if len(state) == 1 else state

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from revnet.reversible.autocast import is_autocast_on
 from revnet.reversible.grid import check_dtype, to_grid
 
-__all__ = ["State", "apply_layer", "arguments", "as_state", "as_stream", "invert_layer", "is_invertible", "on_grid"]
+__all__ = [
+    "State",
+    "apply_layer",
+    "arguments",
+    "as_output",
+    "as_state",
+    "as_stream",
+    "check_invertible",
+    "invert_layer",
+    "is_invertible",
+    "on_grid",
+]
 
 State = tuple[Tensor, ...]
 
@@ -18,6 +29,15 @@ State = tuple[Tensor, ...]
 def is_invertible(layer: nn.Module) -> bool:
     """A layer can be reconstructed through if it has a method `inverse`, a sequence if its layers have."""
     return callable(getattr(layer, "inverse", None)) and getattr(layer, "has_inverse", True)
+
+
+def check_invertible(layer: nn.Module) -> None:
+    """ValueError where a layer is not."""
+    if not is_invertible(layer):
+        raise ValueError(
+            f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
+            f"invert the layers behind it, or replace it by an invertible one"
+        )
 
 
 def as_state(output: Any, layer: nn.Module) -> State:
@@ -29,6 +49,11 @@ def as_state(output: Any, layer: nn.Module) -> State:
             f"of {[type(x).__name__ for x in state]}"
         )
     return state
+
+
+def as_output(state: State) -> Any:
+    """What a layer returns for a state: its tensor, or the tuple of several."""
+    return state[0] if len(state) == 1 else state
 
 
 def as_stream(state: State) -> State:
@@ -80,10 +105,5 @@ def apply_layer(
 
 def invert_layer(layer: nn.Module, state: State, context: Any = None) -> State:
     """The input of `layer` that gives `state`."""
-    inverse = getattr(layer, "inverse", None)
-    if not callable(inverse):
-        raise ValueError(
-            f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
-            f"invert the layers behind it, or replace it by an invertible one"
-        )
-    return as_state(inverse(*state, **arguments(context)), layer)
+    check_invertible(layer)
+    return as_state(layer.inverse(*state, **arguments(context)), layer)  # type: ignore[operator]

@@ -19,7 +19,7 @@ from revnet.reversible.function import reconstructed
 from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.inverted import invert
-from revnet.reversible.layer import State, apply_layer, as_stream, invert_layer, is_invertible, on_grid
+from revnet.reversible.layer import State, apply_layer, as_output, as_stream, invert_layer, is_invertible, on_grid
 from revnet.reversible.recompute import recomputed
 from revnet.reversible.run import Run
 from revnet.reversible.watch import Watch
@@ -139,13 +139,13 @@ class ReversibleSequence(nn.Sequential):
             context: extra input of every branch (a tensor, or tuples, lists and dicts of tensors), passed as
                 `branch(x, context)`; gradients reach it.
         """
-        return _unwrap(self._run((x1,) if x2 is None else (x1, x2), context, None)[0])
+        return as_output(self._run((x1,) if x2 is None else (x1, x2), context, None)[0])
 
     def forward_and_log_det(self, x1: Tensor, x2: Tensor | None = None, context: Any = None) -> tuple[Any, Tensor]:
         """The output state and log |det dy/dx|, of shape (B,): exactly 0 for additive couplings."""
         state, log_det = self._run((x1,) if x2 is None else (x1, x2), context, x1.new_zeros(x1.shape[0]))
         assert log_det is not None
-        return _unwrap(state), log_det
+        return as_output(state), log_det
 
     def inverse(self, y1: Tensor, y2: Tensor | None = None, context: Any = None) -> Any:
         """The input state that `forward` maps to (y1, y2). Gradients through it are those of ordinary autograd.
@@ -159,7 +159,7 @@ class ReversibleSequence(nn.Sequential):
                 check_dtype(y)
         for layer in reversed(self):
             state = invert_layer(layer, state, context)
-        return _unwrap(state)
+        return as_output(state)
 
     @property
     def inv(self) -> ReversibleSequence:
@@ -333,10 +333,6 @@ def _can_be_exact(layer: nn.Module) -> bool:
     if isinstance(layer, Coupling):
         return layer.is_additive()
     return isinstance(layer, Rearrangement) or not is_invertible(layer)
-
-
-def _unwrap(state: State) -> Any:
-    return state[0] if len(state) == 1 else state
 
 
 def _check_state(state: State, layers: Iterable[nn.Module]) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from revnet.reversible.halves import Rearrangement
+from revnet.reversible.layer import as_output
 
 __all__ = ["Squeeze"]
 
@@ -45,15 +46,11 @@ class Squeeze(Rearrangement):
                     f"cannot squeeze images of shape {tuple(x.shape)} by {self.factor}: give height and width that "
                     f"are multiples of {self.factor}"
                 )
-        return _unwrap(tuple(pixel_unshuffle(x, self.factor) for x in state))
+        return as_output(tuple(pixel_unshuffle(x, self.factor) for x in state))
 
     def inverse(self, *state: Tensor, context: object = None) -> Tensor | tuple[Tensor, ...]:
         """The images that `forward` maps to `state`."""
-        return _unwrap(tuple(pixel_shuffle(y, self.factor) for y in state))
+        return as_output(tuple(pixel_shuffle(y, self.factor) for y in state))
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"
-
-
-def _unwrap(state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    return state[0] if len(state) == 1 else state

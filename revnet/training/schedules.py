@@ -61,8 +61,9 @@ def one_cycle(
     Args:
         optimizer: whose rates are scaled.
         total_steps: optimizer steps of the whole training.
-        rise: fraction of `total_steps` after which the optimizer's own rate is reached, more than 0 and less than 1.
-        start: first rate over the optimizer's own.
+        rise: fraction of `total_steps` after which the optimizer's own rate is reached, more than 0 and less than 1;
+            torch's `pct_start`.
+        start: first rate over the optimizer's own, one over torch's `div_factor`.
         end: last rate over the optimizer's own.
 
     Raises:
