@@ -15,25 +15,18 @@ __all__ = [
     "checksum",
     "check_dtype",
     "is_transformed",
-    "range_of",
     "subtract_on_grid",
     "to_grid",
 ]
 
 # Exponent of the grid's step, 2 ** -GRID. A float of p bits holds the multiples of it below 2 ** (p - GRID) exactly.
 GRID = {torch.float32: 16, torch.float64: 32}
-_BITS = {torch.float32: 24, torch.float64: 53}
 _ODD = 0x2545F491  # any odd number with half of its bits set
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 # Where memory matters so many elements are rounded at a time, but never in more than so many pieces. A kernel of an
 # accelerator is started at the cost of some millions of elements.
 PIECE, PIECE_ON_ACCELERATOR, PIECES = 2**20, 2**23, 16
-
-
-def range_of(dtype: torch.dtype) -> float:
-    """The bound below which the stream must stay: 256 in fp32 (step 2^-16), 2^21 in fp64 (step 2^-32)."""
-    return 2.0 ** (_BITS[dtype] - GRID[dtype])
 
 
 def check_dtype(x: Tensor) -> None:
