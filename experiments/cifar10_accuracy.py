@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,7 +62,8 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
     """Trains, tests and measures one network."""
     all_threads = torch.get_num_threads()
     name, arguments = NETWORKS[network]
-    directory = ROOT / "runs" / "cifar10" / f"{network.replace(' ', '_')}_{seed}_{options.epochs}"
+    data = re.sub(r"[^a-z0-9]+", "-", options.name.lower()).strip("-")
+    directory = ROOT / "runs" / data / f"{network.replace(' ', '_')}_{seed}_{options.epochs}_{options.device}"
     cfg = compose(
         "train",
         "experiment=cifar10_fast",
@@ -213,6 +215,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of torch; all unless given")
     options = parser.parse_args()
+    if (options.data == "cifar10") != (options.name == parser.get_default("name")):
+        parser.error("--data image_folder needs a --name of its own, and torchvision's CIFAR-10 has none")
     allocator_keeps_memory()
     sys.argv[sys.argv.index(options.root)] = "ROOT"  # in the record, which is of no one place
     settings = {"data": options.name}

@@ -1,4 +1,4 @@
-"""How far is the estimate of a training step's memory from what is measured, over every network of the registry?
+"""How far is the estimate of a training step's memory from what is measured, over every network of the paper?
 
 For each network and each value of `activations` the peak by `estimate` (on tensors without data) stands against
 
@@ -37,6 +37,9 @@ from revnet.reversible import ACTIVATIONS
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+
+PAPER = ["resnet32", "resnet110", "resnet164", "preact_resnet50", "preact_resnet101"]
+PAPER += ["revnet38", "revnet110", "revnet164", "revnet56", "revnet104"]
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 AGAINST = {"tracked": 0.02, "resident": 0.10}
@@ -79,7 +82,7 @@ def measure(name: str, activations: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=list_models(), default=list_models())
+    parser.add_argument("--networks", nargs="+", choices=list_models(), default=PAPER)
     parser.add_argument("--resume", type=Path, metavar="PATH", help="the result to go on with, made if it is not there")
     options = parser.parse_args()
     path, rows = resumed("estimate_error", {}, path=options.resume)

@@ -131,7 +131,8 @@ def main() -> None:
         row["estimated_bytes"] = estimate(step, shape, loss=torch.mean).peak
         if row["couplings"] == min(options.depths):
             row["measured_bytes"] = measure_memory(step, torch.rand(shape), torch.mean).peak
-        record(path, settings, [row for row in rows if "estimated_bytes" in row])
+        others = [row for row in known if row not in rows]
+        record(path, settings, others + [row for row in rows if "estimated_bytes" in row])
     show(rows)
     draw(rows, settings, path)
     Console().print(f"Written to {path.with_suffix('.json')} and {path.with_suffix('.png')}", soft_wrap=True)

@@ -125,15 +125,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=110, help="of training, those before an interruption counted")
     parser.add_argument("--epochs", type=int, default=1500)
     parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/nice_mnist", metavar="PATH")
+    parser.add_argument("--run-dir", type=Path, metavar="PATH", help="by default runs/nice_mnist_PRECISION")
     parser.add_argument("--theme", default="nice_mnist", help="of the result's name")
     options = parser.parse_args()
+    run_dir = options.run_dir or ROOT / f"runs/nice_mnist_{options.precision}"
     settings = {"experiment": "nice_mnist", "activations": "store", "precision": options.precision, "seed": 0}
     cfg = compose(
         "train",
         "experiment=nice_mnist",
         "callbacks=ema",
-        f"run_dir={options.run_dir}",
+        f"run_dir={run_dir}",
         "model.activations=store",
         f"trainer.precision={options.precision}",
         f"trainer.max_epochs={options.epochs}",
@@ -154,7 +155,7 @@ def main() -> None:
     assert isinstance(data, MNIST)
     assert isinstance(flow, Flow)
     data.setup()
-    checkpoint = str(options.run_dir / "checkpoints/best.ckpt")
+    checkpoint = str(run_dir / "checkpoints/best.ckpt")
     load_weights(task, read_checkpoint(checkpoint), checkpoint)
     torch.manual_seed(0)
     test = data.splits["test"]

@@ -39,7 +39,7 @@ from unittest.mock import patch
 
 import torch
 from contest import take_turns
-from peers_contestants import EXACT, FORWARD, Contestant, contestants, ours
+from peers_contestants import EXACT, FORWARD, Contestant, contestants, library, ours
 from peers_report import CELL, by_cell, report
 from recording import allocator_keeps_memory, record, resumed
 from rich.progress import Progress
@@ -159,7 +159,9 @@ def main() -> None:
     warnings.simplefilter("ignore", ReconstructionWarning)  # the error is recorded
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # MemCNN's
     settings = {name: getattr(options, name) for name in ("batch", "size", "repeats", "warmup", "device")}
-    settings |= {name: version(name) for name in ("memcnn", "revtorch")}
+    for name in ("memcnn", "revtorch"):
+        library(name)
+        settings[name] = version(name)
     path, rows = resumed("peers", settings, options.device, options.resume)
     grid = [
         (width, units, dtype, memory_format)

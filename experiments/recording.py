@@ -9,6 +9,7 @@ import shlex
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,16 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 
 
 def result_path(theme: str, device: str = "cpu") -> Path:
-    """`experiments/results/THEME_HARDWARE_DATE`, without an ending."""
-    name = hardware(device)["device"] if device.startswith("cuda") else f"cpu{torch.get_num_threads()}"
-    label = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+    """`experiments/results/THEME_HARDWARE_DATE`, without an ending; with a number behind it if there is one already."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    return RESULTS / f"{theme}_{label}_{datetime.now(timezone.utc):%Y-%m-%d}"
+    path = RESULTS / f"{_stem(theme, device)}_{datetime.now(timezone.utc):%Y-%m-%d}"
+    names = (path if number == 1 else path.with_name(f"{path.name}_{number}") for number in count(1))
+    return next(name for name in names if not name.with_suffix(".json").exists())
+
+
+def _stem(theme: str, device: str) -> str:
+    name = hardware(device)["device"] if device.startswith("cuda") else f"cpu{torch.get_num_threads()}"
+    return f"{theme}_" + re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
 def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], device: str = "cpu") -> None:
@@ -66,7 +72,9 @@ def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], dev
     content = {"command": command, "hardware": hardware(device), "settings": settings, "rows": rows}
     # Paths are given from the root of the checkout, wherever that lay.
     text = json.dumps(content, indent=2).replace(f"{ROOT}/", "")
-    path.with_suffix(".json").write_text(text + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n")
+    part.replace(path.with_suffix(".json"))
 
 
 def resumed(
@@ -78,9 +86,8 @@ def resumed(
     versions; else a new one. A result of other settings or of another machine is never written over.
     """
     if path is None:
-        new = result_path(theme, device)
-        kin = sorted(RESULTS.glob(f"{new.name.rpartition('_')[0]}_????-??-??.json"), reverse=True)
-        path = next((p for p in kin if _matches(p, settings, device)), new)
+        kin = sorted(RESULTS.glob(f"{_stem(theme, device)}_????-??-??*.json"), reverse=True)
+        path = next((p for p in kin if _matches(p, settings, device)), None) or result_path(theme, device)
     path = path.with_suffix("")
     file = path.with_suffix(".json")
     if not file.exists():

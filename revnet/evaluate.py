@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,9 @@ def offer_checkpoint(overrides: list[str]) -> None:
     elif not any(text.startswith("-") for text in overrides):
         raise ValueError(f"ckpt_path and weights are missing: revnet-eval {CHECKPOINT}, or weights=PATH data=digits")
     rest: dict[str, Any] = {key: config[key] for key in ("name",) if key in config}
-    if "normalization" in config["data"]:
+    chosen = next((text.partition("=")[2] for text in overrides if text.startswith("data=")), None)
+    ours = chosen is None or (resources.files("revnet.conf") / "data" / f"{chosen}.yaml").is_file()
+    if ours and "normalization" in config["data"]:
         rest["data"] = {"normalization": config["data"]["normalization"]}
     if "trainer" in config:
         rest["trainer"] = {"precision": config["trainer"]["precision"]}
@@ -146,9 +149,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 def _prepare_as_for_training(data: LightningDataModule, cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
     """Normalise the images by what the network was trained with, and say what else is done to them in another way."""
     trained = checkpoint["config"]["data"]
-    state = checkpoint.get(trained["_target_"].rpartition(".")[2])
+    keys = {"normalization", "shift", "scale"}  # of `ImageDataModule.state_dict`
+    state = next((value for value in checkpoint.values() if isinstance(value, dict) and value.keys() == keys), None)
     if state is not None:
         data.load_state_dict(state)
+    elif cfg != trained and str(cfg.get("normalization")).startswith("mean"):
+        log.warning(
+            "data.normalization=%s is measured on these data: the checkpoint does not hold it", cfg.normalization
+        )
     for key in ("normalization", "image_size", "crop_ratio"):
         if key in cfg and key in trained and cfg[key] != trained[key]:
             log.warning("data.%s=%s, but the network was trained with %s", key, cfg[key], trained[key])

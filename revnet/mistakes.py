@@ -84,12 +84,13 @@ def mistake(error: BaseException) -> str | None:
         )
     if isinstance(error, OmegaConfBaseException) or type(error).__name__ == "MisconfigurationException":
         return line
+    if is_out_of_memory(error):
+        line = str(error).strip().rpartition("\n")[2]  # of a loader's process, behind its traceback
+        return f"out of memory: {line}; give a smaller data.batch_size, or n to revnet-sample"
     if isinstance(error, OSError) and error.filename is not None:
         return line
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{line}: make room where this command writes, or choose another disk"
-    if is_out_of_memory(error):
-        return f"out of memory: {line}; give a smaller data.batch_size, or n to revnet-sample"
     if isinstance(error, ReconstructionError):
         return (
             f"{line}; or the training diverges: a lower optimizer.lr; callbacks.drift.fall_back_above=0.1 leaves such "
@@ -116,8 +117,9 @@ def mistake(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of a device or of the CPU, has no more to give."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocator, of a device or of the CPU, or the system has no more to give."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return known or "can't allocate memory" in str(error)
 
 
 def valid(name: str, names: Sequence[str]) -> str:

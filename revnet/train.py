@@ -125,7 +125,7 @@ def _held(network: torch.nn.Module, cfg: DictConfig) -> int:
     gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     accumulates = cfg.trainer.accumulate_grad_batches > 1
-    averages = cfg.callbacks.get("ema") is not None
+    averages = "_target_" in (cfg.callbacks.get("ema") or ())
     strategy = cfg.trainer.strategy
     in_buckets = "ddp" in (strategy if isinstance(strategy, str) else strategy._target_).lower()
     return gradients * (accumulates + in_buckets) + weights * averages
@@ -198,8 +198,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
     if ckpt_path is not None:
         load_weights(task, read_checkpoint(ckpt_path), ckpt_path)
-    # An experiment may have settings for a callback that the command line has left out.
-    callbacks = [instantiate(node) for node in cfg.callbacks.values() if node is not None and "_target_" in node]
+    chosen = {name: node for name, node in cfg.callbacks.items() if node is not None}
+    for name in [name for name, node in chosen.items() if "_target_" not in node]:  # callbacks=none and an experiment
+        log.warning("callbacks.%s: these settings are of no callback that was chosen", name)
+        del chosen[name]
+    callbacks = [instantiate(node) for node in chosen.values()]
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
@@ -213,6 +216,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
             "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "
             "choose trainer=gpu or trainer=cpu, or more devices"
         )
+    if trainer.world_size == 1:
+        task.try_settings()
     if trainer.max_epochs == -1 and trainer.max_steps == -1 and cfg.scheduler is not None:
         raise ValueError(
             "trainer.max_epochs=-1: the schedule needs to know when training ends; set trainer.max_epochs or "
@@ -283,11 +288,13 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
 def main(cfg: DictConfig) -> float | None:
     """Train as the command line says, and give a sweeper its metric."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir
+    failed = 1
     try:
         metrics = train(cfg)
+        failed = 0
     finally:
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()  # or the next job of a sweep would write into the run of this one
+        if "wandb" in sys.modules:  # or the next job of a sweep would write into the run of this one
+            sys.modules["wandb"].finish(exit_code=failed)
     if cfg.optimized_metric is None:
         return None
     if cfg.optimized_metric not in metrics:

@@ -340,6 +340,13 @@ def test_a_lack_of_memory_is_a_mistake() -> None:
     error = raised(torch.empty, 2**60)
     assert is_out_of_memory(error)
     assert re.fullmatch(r"out of memory: .*; give a smaller data.batch_size, .*", mistake(error) or "")
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert mistake(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    worker = RuntimeError(
+        "Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: can't allocate memory"
+    )
+    assert (mistake(worker) or "").startswith("out of memory: RuntimeError: can't allocate memory; give")
     assert not is_out_of_memory(RuntimeError("something else"))
 
 

@@ -78,6 +78,11 @@ def test_other_data_are_normalised_as_for_training(
     assert evaluate(f"ckpt_path={path}", *other, "data.normalization=symmetric") == 0
     assert seen[-1][0] == "symmetric"
     assert "data.normalization=symmetric, but the network was trained with mean_std" in capsys.readouterr().out
+    older = torch.load(path, weights_only=True)
+    del older["Fake"]
+    torch.save(older, "older.ckpt")
+    assert evaluate("ckpt_path=older.ckpt", *other) == 0
+    assert "data.normalization=mean_std is measured on these data" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

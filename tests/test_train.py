@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -223,13 +223,16 @@ def test_an_experiment_s_settings_of_a_callback_go_with_it() -> None:
     tiny = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
     arguments = ("experiment=nice_digits", "callbacks=none", "logger=none", "trainer.limit_test_batches=1", *tiny)
     assert invoke(train_module.main, *arguments, "run_dir=here") == 0
+    said = Path("here/train.log").read_text()
+    assert "callbacks.samples: these settings are of no callback that was chosen" in said
 
 
 def test_the_jobs_of_a_sweep_have_runs_of_their_own_at_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    assert train("seed=0,1", "logger=none", "callbacks=none", "-m") == 0
-    assert wandb.finish.call_count == 2
+    assert train("logger=none", "callbacks=none", "run_dir=a") == 0
+    assert train("logger=none", "optimizer.lr=-1", "run_dir=b") == 1
+    assert wandb.finish.call_args_list == [call(exit_code=0), call(exit_code=1)]
 
 
 def test_missing_data_is_one_line(capsys: pytest.CaptureFixture) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from revnet.data.datasets import Batch, repeatable
+from revnet.data.loader import Loader
 
 __all__ = ["Places", "Epochs", "EpochLoader"]
 
@@ -57,7 +58,7 @@ class Epochs(Dataset[Batch]):
             return self.images.__getitems__([place % len(self) for place in places])
 
 
-class EpochLoader(DataLoader[Batch]):
+class EpochLoader(Loader):
     """A loader that keeps its place: `state_dict` says how many batches of the epoch it has handed out.
 
     What they are is for the sampler to say, so the loader that goes on may have another number of processes; it must
@@ -90,7 +91,7 @@ class EpochLoader(DataLoader[Batch]):
         Raises:
             ValueError: in the middle of an epoch, if its batches have another size.
         """
-        if state["batches"] and state["batch_size"] != self._images():
+        if state["batches"] and state.get("batch_size", self._images()) != self._images():
             raise ValueError(
                 f"batch_size={self._images()}: the checkpoint is of the middle of an epoch in batches of "
                 f"{state['batch_size']}; go on with these, or from a checkpoint of an epoch's end, such as best.ckpt"

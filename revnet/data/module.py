@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import signal
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from revnet.data.augment import cutout, mixing, random_crop, random_flip
 from revnet.data.datasets import Batch, FileImages, TensorImages, whole_batch
 from revnet.data.epochs import EpochLoader, Epochs, Places
+from revnet.data.loader import Loader, leave_signals_to_the_trainer
 from revnet.data.normalize import Normalize
 from revnet.data.split import stratified_split
 
@@ -263,14 +261,12 @@ class ImageDataModule(pl.LightningDataModule):
         seed = torch.initial_seed() if self._seed is None else self._seed
         return Places(self.splits["train"], world_size, rank, seed=seed, drop_last=True)
 
-    def _loader(
-        self, images: Dataset[Batch], kind: type[DataLoader[Batch]] = DataLoader, **options: Any
-    ) -> DataLoader[Batch]:
+    def _loader(self, images: Dataset[Batch], kind: type[Loader] = Loader, **options: Any) -> DataLoader[Batch]:
         workers = self.num_workers or 0
         sampler = options.get("sampler")
         # A generator of its own: to begin an epoch leaves torch's global one alone.
         seed = sampler.seed + sampler.epoch if sampler is not None else 0
-        loader = kind(
+        return kind(
             images,
             options.pop("batch_size", self.batch_size),
             num_workers=workers,
@@ -278,25 +274,6 @@ class ImageDataModule(pl.LightningDataModule):
             collate_fn=whole_batch,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             generator=torch.Generator().manual_seed(seed % 2**63),
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=leave_signals_to_the_trainer,
             **options,
         )
-        _LOADERS.add(loader)
-        return loader
-
-
-_LOADERS: weakref.WeakSet[DataLoader[Batch]] = weakref.WeakSet()
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a loader's process live on when SIGTERM or Ctrl-C reaches all processes of a run: the trainer ends it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_processes() -> None:
-    """End those of loaders that are still there; Python would send them the signal that they ignore, and wait."""
-    for loader in _LOADERS:
-        if loader._iterator is not None:
-            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from revnet.data.datasets import Batch
 from revnet.data.epochs import Places
 from revnet.data.image_files import ImageFiles
+from revnet.data.loader import Loader
 from revnet.data.shard_batches import ShardBatches, ShardLoader
 from revnet.data.shard_index import ShardIndex, need_webdataset
 
@@ -103,9 +104,7 @@ class ShardedImages(ImageFiles):
             )
         return self._loader(self.splits["train"])
 
-    def _loader(
-        self, images: Dataset[Batch], kind: type[DataLoader[Batch]] = ShardLoader, **options: Any
-    ) -> DataLoader[Batch]:
+    def _loader(self, images: Dataset[Batch], kind: type[Loader] = ShardLoader, **options: Any) -> DataLoader[Batch]:
         # Lightning puts no other in the place of such a sampler: every process has batches of its own already.
         places = Places(images, num_replicas=1, rank=0, shuffle=False)
         if self.trainer is not None:  # see `ImageDataModule.train_dataloader`

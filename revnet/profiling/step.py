@@ -96,4 +96,4 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
                     slots.clear()
                     slots.update(before)
                 for attributes, values_before in plain:
-                    attributes.update(values_before)
+                    attributes.update({name: value for name, value in values_before.items() if name in attributes})

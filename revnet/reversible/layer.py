@@ -32,12 +32,16 @@ def is_invertible(layer: nn.Module) -> bool:
 
 
 def check_invertible(layer: nn.Module) -> None:
-    """ValueError where a layer is not."""
-    if not is_invertible(layer):
-        raise ValueError(
-            f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
-            f"invert the layers behind it, or replace it by an invertible one"
-        )
+    """ValueError where a layer is not, or a layer of a sequence, which it names."""
+    if is_invertible(layer):
+        return
+    if isinstance(layer, nn.Module) and callable(getattr(layer, "inverse", None)):
+        for inner in layer:  # type: ignore[attr-defined]
+            check_invertible(inner)
+    raise ValueError(
+        f"{type(layer).__name__} cannot be inverted: it has no method `inverse`; "
+        f"invert the layers behind it, or replace it by an invertible one"
+    )
 
 
 def as_state(output: Any, layer: nn.Module) -> State:

@@ -87,7 +87,8 @@ class Continuation(Callback):
                 torch.manual_seed(torch.initial_seed() + trainer.global_rank)
             return
         self._go_on_with_log(trainer)  # of a strategy that reads the checkpoint behind on_fit_start
-        if not sum(trainer.num_val_batches):  # the best weights would be chosen by what was found before
+        none = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
+        if none or not trainer.enable_validation:  # the best weights would be chosen by what was found before
             for name in [name for name in trainer.callback_metrics if name.startswith("val/")]:
                 del trainer.callback_metrics[name]
         loaded, self._loaded = self._loaded, {}

@@ -31,9 +31,6 @@ class Task(pl.LightningModule):
             rate as it is.
         config: how network and data are made, as plain dictionaries, lists and numbers. It is written into every
             checkpoint under the key `config` and not looked at otherwise.
-
-    Raises:
-        ValueError: optimizer or scheduler refuse their settings; here already, so that no data is loaded for nothing.
     """
 
     def __init__(
@@ -50,10 +47,19 @@ class Task(pl.LightningModule):
         self._scheduler = scheduler
         self._settings: dict[str, Any] = {}
         self._loaded_settings: dict[str, Any] = {}
-        if optimizer is not None:
-            trial = _make("optimizer", optimizer, parameter_groups(network))
-            if scheduler is not None:
-                _make("scheduler", scheduler, trial, total_steps=1000)
+
+    def try_settings(self) -> None:
+        """Make optimizer and schedule once for nothing, so that what they refuse is known before data is loaded.
+
+        Not for an optimizer that asks for the other processes of a training.
+
+        Raises:
+            ValueError: one of them refuses its settings.
+        """
+        assert self._optimizer is not None
+        optimizer = _make("optimizer", self._optimizer, parameter_groups(self.network))
+        if self._scheduler is not None:
+            _make("scheduler", self._scheduler, optimizer, total_steps=10**6)  # longer than any part of it
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over `parameter_groups`, and the schedule over the steps that the trainer will take."""

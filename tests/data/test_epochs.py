@@ -110,5 +110,5 @@ def test_overfitting_goes_on_where_it_was(tmp_path):
     assert torch.equal(torch.stack(fed[:2]), torch.stack(fed[2:]))
     images = Epochs(data.splits["train"], 0)
     loader = EpochLoader(images, 2, collate_fn=whole_batch)
-    loader.load_state_dict({"batches": 3, "batch_size": 2})
+    loader.load_state_dict({"batches": 3})  # of a checkpoint that does not know the size
     assert seen(loader) == seen(DataLoader(images, 2, collate_fn=whole_batch))[3:]

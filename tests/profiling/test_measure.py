@@ -91,6 +91,25 @@ def test_plain_attributes_are_left_as_they_were(take):
     assert (network.calls, network.last) == (0, None)
 
 
+class Grows(nn.Linear):
+    """One that registers a parameter at its first forward pass."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.scale = None
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = nn.Parameter(torch.ones(8))
+        return super().forward(x) * self.scale
+
+
+def test_what_a_first_forward_pass_registers_is_registered_once():
+    network = Grows()
+    measure_memory(network, torch.randn(4, 8))
+    assert network.scale is dict(network.named_parameters())["scale"]
+
+
 def test_autocast_is_left_out_only_where_all_of_the_network_has_the_dtype():
     x = torch.randn(4, 8)
     mixed = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8).bfloat16()})

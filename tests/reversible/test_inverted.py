@@ -174,6 +174,8 @@ def test_a_copy_has_an_inverse_of_its_own():
 def test_a_layer_without_an_inverse_is_named():
     with pytest.raises(ValueError, match="Transition cannot be inverted"):
         _ = ReversibleSequence([Transition(4)]).inv
+    with pytest.raises(ValueError, match="Transition cannot be inverted"):
+        ReversibleSequence([ReversibleSequence([Transition(4)])]).inverse(torch.randn(1, 4))
     with pytest.raises(ValueError, match="ReLU cannot be inverted"):
         invert(nn.ReLU())
 

@@ -67,6 +67,18 @@ def test_what_was_validated_before_is_no_finding_of_a_training_without_validatio
     assert "train/accuracy" in again.callback_metrics
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_what_was_validated_before_stays_where_the_validation_is_still_to_come(
+    fit: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    """Stopped in an epoch without validation: until the next one the last one counts."""
+    module = partial(Classifier, tiny_network(), partial(torch.optim.SGD, lr=0.1))
+    settings = {"max_epochs": 3, "check_val_every_n_epoch": 2}
+    whole = fit(module(), callbacks=[Draw(tmp_path / "some.ckpt", 10), Continuation()], **settings)
+    resumed = fit(module(), callbacks=[Continuation()], ckpt=tmp_path / "some.ckpt", **settings)
+    assert "val/accuracy" in whole.callback_metrics.keys() & resumed.callback_metrics.keys()
+
+
 def test_a_checkpoint_without_such_a_state_is_taken_as_it_is(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
     module = partial(Classifier, tiny_network(), partial(torch.optim.SGD, lr=0.1))
     fit(module(), max_epochs=1).save_checkpoint(tmp_path / "some.ckpt")

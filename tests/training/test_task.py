@@ -77,8 +77,9 @@ def test_what_a_schedule_has_made_of_other_settings_is_kept(fit: Fit, half: Call
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_there_is_data(optimizer: Any, scheduler: Any, line: str) -> None:
+    module = Classifier(tiny_network(), optimizer, scheduler)
     with pytest.raises(ValueError, match=line):
-        Classifier(tiny_network(), optimizer, scheduler)
+        module.try_settings()
 
 
 def test_a_training_without_end_has_no_schedule(fit: Fit) -> None:

@@ -1,0 +1,41 @@
+"""A loader whose processes outlive a signal to the training, and not the program."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import weakref
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from revnet.data.datasets import Batch
+
+__all__ = ["Loader", "leave_signals_to_the_trainer"]
+
+_ITERATORS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class Loader(DataLoader[Batch]):
+    """One whose processes, if they are still there, end when Python does.
+
+    Python would send them the signal that `leave_signals_to_the_trainer` lets them ignore, and wait for ever.
+    """
+
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()
+        if self.num_workers > 0:
+            _ITERATORS.add(iterator)
+        return iterator
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a loader's process live on when SIGTERM or Ctrl-C reaches all processes of a run: the trainer ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_processes() -> None:
+    for iterator in list(_ITERATORS):
+        iterator._shutdown_workers()
