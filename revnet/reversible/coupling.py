@@ -127,6 +127,7 @@ class _InverseAffine:
 
 ADDITION, SUBTRACTION = Addition(), _Subtraction()
 EXACT_ADDITION, EXACT_SUBTRACTION = _ExactAddition(), _ExactSubtraction()
+EXACT: dict[type, Rule] = {Addition: EXACT_ADDITION, _Subtraction: EXACT_SUBTRACTION}
 AFFINE, INVERSE_AFFINE = _Affine(), _InverseAffine()
 
 
@@ -195,11 +196,11 @@ class Coupling(nn.Module):
                 f"exact=True: {type(self).__name__} multiplies the stream, and a product cannot be undone to the bit; "
                 f"use additive couplings, or exact=False"
             )
-        return tuple(Step(branch, moved, EXACT_ADDITION) for branch, moved, _ in steps)
+        return tuple(Step(branch, moved, EXACT[type(rule)]) for branch, moved, rule in steps)
 
     def is_additive(self) -> bool:
-        """Whether every step is an addition."""
-        return all(isinstance(rule, Addition) for _, _, rule in self.steps())
+        """Whether every step is an addition, or a subtraction."""
+        return all(type(rule) in EXACT for _, _, rule in self.steps())
 
     def forward(self, x1: Tensor, x2: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         return self.forward_and_log_det(x1, x2, context)[0]

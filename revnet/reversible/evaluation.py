@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,7 @@ _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
 )
+SMALL = 1024  # elements of a buffer
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -128,6 +130,7 @@ class Evaluation:
             the branch may have set back.
         device: where it ran.
         with_graph: whether the first evaluation had a graph, so that the second must have one too.
+        reads_statistics: whether running statistics may enter its result by another way than their normalisation.
         sample: a few values of its result, to compare with the second one's; None if they are not to be compared.
     """
 
@@ -139,6 +142,7 @@ class Evaluation:
     random: tuple[Tensor, ...]
     device: torch.device
     with_graph: bool
+    reads_statistics: bool
     sample: Sample | None = None
 
     def sampled(self, result: State) -> Evaluation:
@@ -182,7 +186,7 @@ class Evaluation:
                 # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
                 # them; it then saves fewer tensors than in a first evaluation with a graph, and compiled code would be
                 # compiled again.
-                untracked = _only_writes(owner) and not self.with_graph
+                untracked = _only_writes(owner) and not self.with_graph and not self.reads_statistics
                 if untracked:
                     restore.append((owner.__dict__, "track_running_stats", owner.track_running_stats))
                     owner.__dict__["track_running_stats"] = False
@@ -235,6 +239,26 @@ def _only_writes(module: nn.Module) -> bool:
     return module in _called or type(module).forward is _InstanceNorm.forward
 
 
+_names_statistics: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _reads_statistics(kind: type[nn.Module]) -> bool:
+    """Whether the code of a module names running statistics, and so may read those of a normalisation that it holds.
+
+    So do modules that fold a normalisation into a convolution to train with quantised weights.
+    """
+    found = _names_statistics.get(kind)
+    if found is None:
+        own = (base for base in kind.__mro__ if not base.__module__.startswith(("torch.nn.modules.", "builtins")))
+        members = (getattr(member, "__func__", member) for base in own for member in vars(base).values())
+        codes = [member.__code__ for member in members if hasattr(member, "__code__")]
+        for code in codes:
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        found = any(not {*_STATISTICS}.isdisjoint((*code.co_names, *code.co_consts)) for code in codes)
+        _names_statistics[kind] = found
+    return found
+
+
 def _was_called(module: nn.Module, name: str, buffer: Tensor | None, version: int) -> bool:
     """Whether a batch normalisation has counted a batch since its `buffer` of this name had this version."""
     if name != "num_batches_tracked" or type(module).forward not in _BATCH_NORM_FORWARDS or not module.training:
@@ -244,6 +268,7 @@ def _was_called(module: nn.Module, name: str, buffer: Tensor | None, version: in
 
 def _stateful_buffers(
     owners: Iterable[nn.Module],
+    reads_statistics: bool,
 ) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]]:
     """Copies of the buffers whose value could enter the result and change: all but running statistics in training.
 
@@ -252,7 +277,7 @@ def _stateful_buffers(
     """
     found: list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]] = []
     for owner in owners:
-        if not _only_writes(owner):
+        if reads_statistics or not _only_writes(owner):
             for name, value in owner._buffers.items():
                 if value is None:
                     found.append((owner, name, None, None, 0))
@@ -292,29 +317,46 @@ def observe(
     owners = tuple([m for m in modules if m._parameters or m._buffers])
     try:
         random = _random_states(device)
-        buffers = _stateful_buffers(owners)
+        reads_statistics = any(_reads_statistics(type(m)) for m in modules)
+        buffers = _stateful_buffers(owners, reads_statistics)
         has_graph = torch.is_grad_enabled()
         with_graph = has_graph or any(map(_depends_on_grad_mode, modules))
         versions = [_version(x) for x in state]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
-            begins(Evaluation(owners, modes, _slots(owners), copies, (), random, device, with_graph))
+            begins(Evaluation(owners, modes, _slots(owners), copies, (), random, device, with_graph, reads_statistics))
         result = _as_second(compute, state) if with_graph and not has_graph else compute(*state)
     finally:
         _local.tape = tape
     if [_version(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
     _called.update(owner for owner, name, value, _, version in buffers if _was_called(owner, name, value, version))
-    buffers = [buffer for buffer in buffers if not _only_writes(buffer[0])]
+    buffers = [buffer for buffer in buffers if reads_statistics or not _only_writes(buffer[0])]
     changed = tuple(
         (owner, name, copy)
         for owner, name, value, copy, version in buffers
         # In evaluation mode the statistics are read, and a later step in training mode may change them.
-        if owner._buffers[name] is not value or _version(value) != version or isinstance(owner, _NormBase)
+        if owner._buffers[name] is not value
+        or _version(value) != version
+        or isinstance(owner, _NormBase)
+        or _may_differ(copy, value)
     )
     kept = {(id(owner), name) for owner, name, _ in changed}
     unchanged = tuple((o, n, value, v) for o, n, value, _, v in buffers if (id(o), n) not in kept)
-    return result, Evaluation(owners, modes, _slots(owners), changed, unchanged, random, device, with_graph)
+    slots = _slots(owners)
+    return result, Evaluation(owners, modes, slots, changed, unchanged, random, device, with_graph, reads_statistics)
+
+
+def _may_differ(copy: Tensor | None, value: Tensor | None) -> bool:
+    """Whether a buffer may have been written in a way that autograd does not count, as `F.batch_norm` does.
+
+    To ask an accelerator would be to wait for it; what is small is kept there.
+    """
+    if not (type(copy) is type(value) is Tensor and value.layout is torch.strided):
+        return False
+    if value.device.type == "cpu":
+        return not torch.equal(copy, value)
+    return value.numel() <= SMALL and value.device.type != "meta"
 
 
 def _slots(owners: Iterable[nn.Module]) -> tuple[ParameterPlace, ...]:

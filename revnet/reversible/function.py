@@ -59,6 +59,7 @@ class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, ...]:
         state, log_det, context_tensors = job.unpack(tensors)
+        given = log_det
         # To module hooks (those of torch's own counters) a tensor that requires grad must have a gradient function.
         state = tuple(x.detach() for x in state)
         if job.run.enters_grid:  # here, and not before, so that the rounded copy goes as soon as it has been split
@@ -94,7 +95,10 @@ class _ReversibleFunction(torch.autograd.Function):
         ctx.versions = [(p, p._version) for p in job.parameters]
         # The evaluations hold the parameters: saving them here too would let saved-tensor hooks move them about.
         ctx.save_for_backward(*state, *job.unpack(tensors)[2])
-        return state if log_det is None else (*state, log_det)
+        if log_det is None:
+            return state
+        # What is given and returned would be a view to autograd, which nobody may add to in place.
+        return *state, log_det.clone() if log_det is given else log_det
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:

@@ -70,4 +70,6 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
     )
     if result is None:
         raise failures.pop()  # which would hold this frame, and with it the state, in a cycle
-    return result
+    state, found = result
+    # The checkpoint holds what it was given, which somebody may add to in place.
+    return state, found.clone() if found is not None and found is log_det else found

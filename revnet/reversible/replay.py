@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Addition, Step
 from revnet.reversible.evaluation import Evaluation, call, is_differentiable
-from revnet.reversible.layer import apply_layer, invert_layer
+from revnet.reversible.layer import apply_layer, as_stream, invert_layer
 from revnet.reversible.run import ContextStructure, Run
 
 __all__ = ["Replay"]
@@ -107,7 +107,7 @@ class Replay:
     ) -> None:
         """Reconstructs the input of a layer by its inverse, then differentiates the layer there."""
         with evaluation.aliased(), evaluation.surroundings(self.autocast):
-            state[:] = invert_layer(layer, tuple(state), self.context)
+            state[:] = as_stream(invert_layer(layer, tuple(state), self.context))
         self.made = [False] * len(state)  # the layer might hold what it returns
         with evaluation.aliased() as aliases:
             leaves = [

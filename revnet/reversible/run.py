@@ -62,7 +62,7 @@ class Run:
                 named = [
                     name
                     for index, layer in enumerate(self.layers, self.first)
-                    for name, p in layer.named_parameters(str(index))
+                    for name, p in (*layer.named_parameters(str(index)), *layer.named_buffers(str(index)))
                     if p is parameter
                 ]
                 raise RuntimeError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from revnet.reversible.activations import Activations, checked, resolved
@@ -27,7 +28,7 @@ from revnet.reversible.watch import Watch
 __all__ = ["ReversibleSequence"]
 
 
-def _ordinary_only() -> bool:
+def _ordinary_only(sequence: nn.Module) -> bool:
     """Where a custom Function cannot go: torch.func, forward-mode AD, tracing, export, cached parametrizations."""
     return (
         torch._C._are_functorch_transforms_active()
@@ -35,7 +36,7 @@ def _ordinary_only() -> bool:
         or torch.jit.is_tracing()
         or torch.compiler._is_exporting_flag  # `is_exporting()` is true in whatever the compiler of torch 2.11 compiles
         # Cached weights are computed outside of the branches: nothing inside could send them a gradient.
-        or torch.nn.utils.parametrize._cache_enabled > 0
+        or (parametrize._cache_enabled > 0 and any(map(parametrize.is_parametrized, sequence.modules())))
     )
 
 
@@ -158,7 +159,7 @@ class ReversibleSequence(nn.Sequential):
             for y in state:
                 check_dtype(y)
         for layer in reversed(self):
-            state = invert_layer(layer, state, context)
+            state = as_stream(invert_layer(layer, state, context))
         return as_output(state)
 
     @property
@@ -300,7 +301,7 @@ class ReversibleSequence(nn.Sequential):
     def _runs(self, state: State, context: Any) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
         """Consecutive layers of one value: all that are stored, one that is recomputed, a chunk to reconstruct."""
         plan = list(self.plan())
-        if not torch.is_grad_enabled() or _ordinary_only():
+        if not torch.is_grad_enabled() or _ordinary_only(self):
             plan = ["store"] * len(plan)
         else:
             self._errors.clear()

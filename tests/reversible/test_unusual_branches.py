@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from revnet import AdditiveCoupling, ReversibleBlock, ReversibleSequence
-from revnet.reversible import Merge, Split
+from revnet.reversible import Coupling, Merge, Split, Step
+from revnet.reversible.coupling import SUBTRACTION
 from tests.reversible.networks import EVERY, EXACT, MODES, same
 
 C = 6
@@ -579,3 +580,108 @@ def test_noise_that_is_saved_ahead_of_being_drawn_is_drawn_again(activations, ex
             x.data = torch.randn(4, C, dtype=torch.float64)
         found.append(gradients(network, inputs))
     assert same(*found, exact)
+
+
+class FoldedNorm(nn.Module):
+    """A linear layer whose weight is scaled by the statistics of the normalisation behind it, ahead of their update."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = linear(), nn.BatchNorm1d(C, dtype=torch.float64)
+
+    def forward(self, x):
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return self.norm(F.linear(x, (self.linear.weight * scale[:, None]).tanh()) / scale)
+
+
+class UncountedStatistics(nn.Module):
+    """Statistics in buffers, which `F.batch_norm` writes without autograd's counting it, and which are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("m", torch.zeros(C, dtype=torch.float64))
+        self.register_buffer("v", torch.ones(C, dtype=torch.float64))
+
+    def forward(self, x):
+        x = self.inner(x)
+        scale = (x.var(0) / self.v).sqrt().detach()
+        return F.batch_norm(x, self.m, self.v, training=True) * scale
+
+
+@EVERY
+@EXACT
+@pytest.mark.parametrize("branch", [FoldedNorm, UncountedStatistics])
+def test_statistics_are_read_as_they_were_in_the_first_evaluation(branch, activations, exact):
+    networks = [blocks_of(branch, value, exact) for value in (activations, "store")]
+    for step in range(3):
+        torch.manual_seed(step)
+        inputs = [2 * x.detach() for x in halves()]
+        found, truth = (gradients(network, [x.clone().requires_grad_() for x in inputs]) for network in networks)
+        assert same(found, truth, exact)
+        for network in networks:
+            network.zero_grad()
+    assert all(a.allclose(b) for a, b in zip(*(network.buffers() for network in networks), strict=True))
+    assert any(buffer.ne(0).any() for buffer in networks[0].buffers())
+
+
+@EVERY
+def test_a_log_determinant_may_be_added_to_in_place(activations):
+    (y1, y2), log_det = blocks_of(linear, activations, False).forward_and_log_det(*halves())
+    log_det += y1.square().sum(1) + y2.square().sum(1)
+    log_det.sum().backward()
+    assert log_det.shape == (4,)
+
+
+class Kick(Coupling):
+    """y2 = x2 - f(x1), as in a leapfrog."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def steps(self):
+        return (Step(self.f, 1, SUBTRACTION),)
+
+
+@EVERY
+def test_a_subtraction_is_one_in_exact_mode_too(activations):
+    f, (x1, x2) = linear().float(), [x.float() for x in halves()]
+    network = ReversibleSequence([Kick(f)], activations)
+    y1, y2 = network(x1, x2)
+    torch.testing.assert_close(y2, x2 - f(x1), atol=2**-15, rtol=0)
+    z1, z2 = network.inverse(y1, y2)
+    assert z1.equal(y1)
+    torch.testing.assert_close(z2, x2, atol=2**-15, rtol=0)
+
+
+class Mixing(nn.Module):
+    """An invertible layer that computes in half precision under autocast, on the way back too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(2 * C, 2 * C))[0])
+
+    def forward(self, a, b):
+        return (torch.cat((a, b), 1) @ self.weight).chunk(2, 1)
+
+    def inverse(self, a, b):
+        return (torch.cat((a, b), 1) @ self.weight.T).chunk(2, 1)
+
+
+def test_the_stream_is_undone_in_full_precision_behind_a_layer_that_autocast_narrows():
+    network = ReversibleSequence([AdditiveCoupling(linear().float()), Mixing()], exact=False)
+    seen = []
+    network[0].branch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network(*(x.float() for x in halves()))
+        assert [x.dtype for x in network.inverse(*(y.detach() for y in outputs))] == [torch.float32] * 2
+    loss(outputs).backward()
+    assert seen == [torch.float32] * len(seen)
+
+
+def test_cached_parametrisations_elsewhere_leave_a_sequence_as_it_is():
+    network, inputs = blocks_of(linear, "reconstruct", False), halves()
+    with nn.utils.parametrize.cached():
+        outputs = network(*inputs)
+    assert "_ReversibleFunction" in type(outputs[0].grad_fn).__name__
