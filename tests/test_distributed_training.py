@@ -135,7 +135,7 @@ def two_processes(directory: Path, trainer: str) -> Iterator[list[subprocess.Pop
     ("trainer", "told"),
     [
         ("ddp", (1, 0)),
-        ("fsdp", (0, 1)),
+        pytest.param("fsdp", (0, 1), marks=pytest.mark.slow),
         pytest.param("ddp", (0,), marks=pytest.mark.slow),
         pytest.param("ddp", (1,), marks=pytest.mark.slow),
     ],
@@ -175,7 +175,7 @@ def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(t
     assert torch.load(checkpoint, weights_only=True)["global_step"] == before["global_step"] + 2
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_run_of_two_processes_that_is_told_to_stop_goes_on_to_the_same_bits(trainer: str, tmp_path: Path) -> None:
     augmented = ("data.train_size=224", "data.padding=2", "data.flip=true", "trainer.max_epochs=2")  # seven batches
     options = (f"trainer={trainer}", "trainer.accumulate_grad_batches=2", *augmented)
