@@ -7,16 +7,24 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from revnet.reversible.autocast import Autocast
+from revnet.reversible.buffers import (
+    STATISTICS,
+    Changed,
+    Unchanged,
+    copy_buffers,
+    names_statistics,
+    only_writes,
+    sort_out,
+    version_of,
+)
 from revnet.reversible.drift import Sample
 from revnet.reversible.layer import State, as_state
 
@@ -38,11 +46,6 @@ _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
 )
-SMALL = 1024  # elements of a buffer
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Batch normalisations whose own `forward` was seen to run; of others a branch may read the statistics itself."""
 _inspected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Branches that were seen to leave their input alone under inference_mode."""
 
@@ -137,8 +140,8 @@ class Evaluation:
     owners: tuple[nn.Module, ...]
     modes: tuple[tuple[nn.Module, bool], ...]
     parameters: tuple[ParameterPlace, ...]
-    buffers: tuple[tuple[nn.Module, str, Tensor | None], ...]
-    unchanged: tuple[tuple[nn.Module, str, Tensor | None, int], ...]
+    buffers: Changed
+    unchanged: Unchanged
     random: tuple[Tensor, ...]
     device: torch.device
     with_graph: bool
@@ -157,7 +160,7 @@ class Evaluation:
         scratch copies, because the second evaluation must not count in the running statistics.
         """
         for owner, name, buffer, version in self.unchanged:
-            if _version(buffer) != version:
+            if version_of(buffer) != version:
                 raise RuntimeError(
                     f"buffer {name!r} of {type(owner).__name__} in a reversible sequence was changed in place between "
                     f"the forward and the backward pass; change it after the backward pass, or keep the activations "
@@ -186,12 +189,12 @@ class Evaluation:
                 # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
                 # them; it then saves fewer tensors than in a first evaluation with a graph, and compiled code would be
                 # compiled again.
-                untracked = _only_writes(owner) and not self.with_graph and not self.reads_statistics
+                untracked = only_writes(owner) and not self.with_graph and not self.reads_statistics
                 if untracked:
                     restore.append((owner.__dict__, "track_running_stats", owner.track_running_stats))
                     owner.__dict__["track_running_stats"] = False
                 for name, value in owner._buffers.items():
-                    if untracked and name in _STATISTICS:
+                    if untracked and name in STATISTICS:
                         if isinstance(owner, _InstanceNorm):  # which writes them all the same if there are any
                             restore.append((owner._buffers, name, value))
                             owner._buffers[name] = None
@@ -232,60 +235,6 @@ def _alias(parameter: Tensor, needs_grad: bool) -> Tensor:
     return alias
 
 
-def _only_writes(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own normalisations in training mode, which never reads its statistics."""
-    if not (isinstance(module, _NormBase) and module.training):
-        return False
-    return module in _called or type(module).forward is _InstanceNorm.forward
-
-
-_names_statistics: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-
-
-def _reads_statistics(kind: type[nn.Module]) -> bool:
-    """Whether the code of a module names running statistics, and so may read those of a normalisation that it holds.
-
-    So do modules that fold a normalisation into a convolution to train with quantised weights.
-    """
-    found = _names_statistics.get(kind)
-    if found is None:
-        own = (base for base in kind.__mro__ if not base.__module__.startswith(("torch.nn.modules.", "builtins")))
-        members = (getattr(member, "__func__", member) for base in own for member in vars(base).values())
-        codes = [member.__code__ for member in members if hasattr(member, "__code__")]
-        for code in codes:
-            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        found = any(not {*_STATISTICS}.isdisjoint((*code.co_names, *code.co_consts)) for code in codes)
-        _names_statistics[kind] = found
-    return found
-
-
-def _was_called(module: nn.Module, name: str, buffer: Tensor | None, version: int) -> bool:
-    """Whether a batch normalisation has counted a batch since its `buffer` of this name had this version."""
-    if name != "num_batches_tracked" or type(module).forward not in _BATCH_NORM_FORWARDS or not module.training:
-        return False
-    return module._buffers[name] is buffer and _version(buffer) != version
-
-
-def _stateful_buffers(
-    owners: Iterable[nn.Module],
-    reads_statistics: bool,
-) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]]:
-    """Copies of the buffers whose value could enter the result and change: all but running statistics in training.
-
-    torch's own normalisation in training mode writes its running statistics and never reads them (nor bumps their
-    version), so nothing needs to be kept for it. A buffer that requires grad is a parameter to the engine.
-    """
-    found: list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]] = []
-    for owner in owners:
-        if reads_statistics or not _only_writes(owner):
-            for name, value in owner._buffers.items():
-                if value is None:
-                    found.append((owner, name, None, None, 0))
-                elif not value.requires_grad:
-                    found.append((owner, name, value, value.clone(), _version(value)))
-    return found
-
-
 def modules_in(module: nn.Module) -> list[nn.Module]:
     """`list(module.modules())` in another order, at a tenth of the time: it is asked for at every evaluation."""
     found, seen = [module], {module}
@@ -317,46 +266,22 @@ def observe(
     owners = tuple([m for m in modules if m._parameters or m._buffers])
     try:
         random = _random_states(device)
-        reads_statistics = any(_reads_statistics(type(m)) for m in modules)
-        buffers = _stateful_buffers(owners, reads_statistics)
+        reads_statistics = any(names_statistics(type(m)) for m in modules)
+        buffers = copy_buffers(owners, reads_statistics)
         has_graph = torch.is_grad_enabled()
         with_graph = has_graph or any(map(_depends_on_grad_mode, modules))
-        versions = [_version(x) for x in state]
+        versions = [version_of(x) for x in state]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
             begins(Evaluation(owners, modes, _slots(owners), copies, (), random, device, with_graph, reads_statistics))
         result = _as_second(compute, state) if with_graph and not has_graph else compute(*state)
     finally:
         _local.tape = tape
-    if [_version(x) for x in state] != versions:
+    if [version_of(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
-    _called.update(owner for owner, name, value, _, version in buffers if _was_called(owner, name, value, version))
-    buffers = [buffer for buffer in buffers if reads_statistics or not _only_writes(buffer[0])]
-    changed = tuple(
-        (owner, name, copy)
-        for owner, name, value, copy, version in buffers
-        # In evaluation mode the statistics are read, and a later step in training mode may change them.
-        if owner._buffers[name] is not value
-        or _version(value) != version
-        or isinstance(owner, _NormBase)
-        or _may_differ(copy, value)
-    )
-    kept = {(id(owner), name) for owner, name, _ in changed}
-    unchanged = tuple((o, n, value, v) for o, n, value, _, v in buffers if (id(o), n) not in kept)
+    changed, unchanged = sort_out(buffers, reads_statistics)
     slots = _slots(owners)
     return result, Evaluation(owners, modes, slots, changed, unchanged, random, device, with_graph, reads_statistics)
-
-
-def _may_differ(copy: Tensor | None, value: Tensor | None) -> bool:
-    """Whether a buffer may have been written in a way that autograd does not count, as `F.batch_norm` does.
-
-    To ask an accelerator would be to wait for it; what is small is kept there.
-    """
-    if not (type(copy) is type(value) is Tensor and value.layout is torch.strided):
-        return False
-    if value.device.type == "cpu":
-        return not torch.equal(copy, value)
-    return value.numel() <= SMALL and value.device.type != "meta"
 
 
 def _slots(owners: Iterable[nn.Module]) -> tuple[ParameterPlace, ...]:
@@ -397,9 +322,9 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
     x = x.view_as(x)
     # Under inference_mode tensors do not count their changes: once for each branch, values are compared.
     unseen = not torch.compiler.is_compiling() and _is_real(x) and x.is_inference() and module not in _inspected
-    version, before = _version(x), x.clone() if unseen else None
+    version, before = version_of(x), x.clone() if unseen else None
     result = module(x) if context is None else module(x, context)
-    if _version(x) != version or (before is not None and not ((before == x) | (before != before)).all()):
+    if version_of(x) != version or (before is not None and not ((before == x) | (before != before)).all()):
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
     if before is not None:
         _inspected.add(module)
@@ -409,13 +334,6 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
 def _is_real(x: Tensor) -> bool:
     """Whether a tensor has values that can be looked at."""
     return type(x) is Tensor and x.device.type != "meta"
-
-
-def _version(x: Tensor | None) -> int:
-    """How often `x` was changed in place; 0 where a tensor does not count that or a trace runs."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.is_inference():
-        return 0
-    return x._version
 
 
 def evaluate(branch: nn.Module, x: Tensor, context: Any = None) -> Any:
