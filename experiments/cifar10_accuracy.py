@@ -70,7 +70,7 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
         f"model={name}",
         *(f"model.{key}={value}" for key, value in arguments.items()),
         f"data={options.data}",
-        f"data.root={Path(options.root).resolve()}",
+        f"data.root='{Path(options.root).resolve()}'",
         "data.batch_size=128",
         "optimizer.lr=0.1",
         f"trainer={'cpu' if options.device == 'cpu' else 'gpu'}",
@@ -78,7 +78,7 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
         f"trainer.max_epochs={options.epochs}",
         f"seed={seed}",
         f"threads={options.threads or 'null'}",
-        f"run_dir={directory}",
+        f"run_dir='{directory}'",
         "ckpt_path=last",
     )
     metrics = train(cfg)

@@ -137,7 +137,7 @@ def run(network: str, options: argparse.Namespace, directory: Path) -> Row:
         "optimizer.lr=0.01",
         f"trainer={'cpu' if options.device == 'cpu' else 'gpu'}",
         f"trainer.max_epochs={options.rounds + 1}",
-        f"run_dir={directory}",
+        f"run_dir='{directory}'",
     )
     path = directory / "rates.json"
     with open_dict(cfg):

@@ -134,14 +134,14 @@ def main() -> None:
         "train",
         "experiment=nice_mnist",
         "callbacks=ema",
-        f"run_dir={run_dir}",
+        f"run_dir='{run_dir}'",
         "model.activations=store",
         f"trainer.precision={options.precision}",
         f"trainer.max_epochs={options.epochs}",
         "ckpt_path=last",
         "callbacks.samples.every_n_epochs=20",
         "callbacks.progress_bar=null",
-        *([] if options.root is None else [f"data.root={options.root}"]),
+        *([] if options.root is None else [f"data.root='{options.root}'"]),
     )
     with open_dict(cfg):
         cfg.trainer.max_time = {"minutes": options.minutes}

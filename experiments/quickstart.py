@@ -125,7 +125,7 @@ def main() -> None:
     directory.mkdir(parents=True)
     rows: dict[str, dict[str, Any]] = {}
     for name in NETWORKS:
-        cfg = compose("train", "experiment=digits_quickstart", f"model={name}", f"run_dir={directory / name}")
+        cfg = compose("train", "experiment=digits_quickstart", f"model={name}", f"run_dir='{directory / name}'")
         accuracy = train(cfg)["test/accuracy"]
         parameters = sum(p.numel() for p in get_model(name).parameters())
         rows[name] = {"parameters": parameters, "test_accuracy": accuracy}

@@ -32,6 +32,8 @@ def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
             the command's own value is a bool: `no` is text, which would count as true.
 
     Example:
+        >>> from omegaconf import OmegaConf
+        >>> from revnet.arguments import check_overrides
         >>> cfg = OmegaConf.create({"optimizer": {"_target_": "torch.optim.SGD", "lr": "fast"}})
         >>> check_overrides(cfg, ["optimizer.lr=fast"])
         Traceback (most recent call last):

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from revnet.arguments import check_overrides
-from revnet.mistakes import leave, mistake, valid
+from revnet.mistakes import leave, mistake, unplaced, valid
 
 __all__ = ["command", "compose"]
 
@@ -28,6 +28,7 @@ NOISE = (  # Lightning, on its own use of torch and on what is meant so: no vali
     r"You defined a `validation_step` but have no `val_dataloader`",
     r"`ModelCheckpoint\(monitor='val/(accuracy|bits_per_dim)'\)` could not find the monitored key",
     r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from .*, therefore `best_model_score`",
     r"You're using the WeightAveraging callback with a model that overrides the configure_model",
     r"You requested to overfit but enabled .* shuffling",
     r"Callback KeepRuns\.on_run_start raised Interpolation",  # Hydra, which then raises the same as an error
@@ -59,6 +60,7 @@ def command(
             os.environ.pop(FULL_ERROR, None)  # set below for this process, not for those that the job starts
             try:
                 _silence()  # here too: a launcher may run the job in another process
+                _check_places(cfg)
                 check_overrides(cfg, HydraConfig.get().overrides.task)
                 return task(cfg)
             except Exception as error:
@@ -86,6 +88,10 @@ def command(
 
         @functools.wraps(task)
         def main() -> None:
+            if os.getcwd() not in sys.path:
+                sys.path.append(
+                    os.getcwd()
+                )  # so that `model._target_=mine.Net` finds a module here, as `python -m` does
             _check_flags(config_name)
             if os.environ.get(FULL_ERROR) == "1":
                 return run(task)
@@ -133,6 +139,13 @@ def _silence() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _check_places(cfg: DictConfig) -> None:
+    """Refuse an experiment whose values would go below `experiment`, where nobody reads them."""
+    for group in ("experiment", "debug"):
+        if isinstance(cfg.get(group), DictConfig):
+            raise ValueError(unplaced(group, HydraConfig.get().runtime.choices[group]))
+
+
 def _check_flags(config_name: str) -> None:
     """Leave with one line, and not with Hydra's page, where a flag is unknown or misused."""
 
@@ -157,6 +170,7 @@ def compose(config_name: str, *overrides: str) -> DictConfig:
         The configuration without Hydra's own node, every reference resolved.
 
     Example:
+        >>> from revnet.cli import compose
         >>> compose("train", "model=resnet32", "run_dir=here").model.num_classes is None
         True
     """

@@ -26,7 +26,7 @@ from revnet.flows import NonFiniteError
 from revnet.processes import rank
 from revnet.reversible import ReconstructionError
 
-__all__ = ["mistake", "is_out_of_memory", "leave", "valid"]
+__all__ = ["mistake", "is_out_of_memory", "leave", "unplaced", "valid"]
 
 PACKAGE = Path(__file__).parent
 REFUSALS = (  # of flags, of numbers of processes, of val_check_interval
@@ -59,7 +59,9 @@ def mistake(error: BaseException) -> str | None:
     Mistakes are what Hydra and OmegaConf refuse, values that a configured object refuses with a ValueError or
     TypeError, a lack of memory, errors of the file system that name a path, a full disk, and every ValueError,
     TypeError, FileNotFoundError or ModuleNotFoundError that this package raises on purpose (by a `raise` statement), in
-    this process or in a data loader's worker. So is the end of another process of a distributed run.
+    this process or in a data loader's worker; so do a few files of Hydra and Lightning (`REFUSALS`). Diverging (a
+    reconstruction error or a density that is not finite), the end of another process of a distributed run, and what
+    services of logging refuse are told in one line, too.
 
     Returns:
         One line for the user, or None.
@@ -74,7 +76,9 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         if "=" not in error.override and not error.override.startswith("~"):
             return f"cannot read {error.override!r}: write KEY=VALUE, such as optimizer.lr=0.05"
-        return f"cannot read {error.override!r}: {error.message.partition(chr(10))[0]}"
+        key, _, value = error.override.partition("=")
+        remedy = f"quote a text with special characters for Hydra, too: \"{key}='{value}'\""
+        return f"cannot read {error.override!r}: {error.message.partition(chr(10))[0]}; {remedy}"
     if isinstance(error, HydraException):
         return (
             _unknown_key(error.__cause__)
@@ -109,6 +113,8 @@ def mistake(error: BaseException) -> str | None:
         return (configured and _misfit(configured, target, line)) or None
     if isinstance(error, RuntimeError) and re.search(LOST, f"{type(error).__name__} {line}"):
         return f"another process of the run has ended or hangs; go on with run_dir=... ckpt_path=last ({line[:200]})"
+    if type(error).__name__ == "TerminatedWorkerError":  # of joblib, which knows no more
+        return "a job was killed, most likely because memory ran out, and with it those beside and behind it"
     if type(error).__module__.partition(".")[0] in SERVICES:
         return line
     if configured and isinstance(error, ImportError):
@@ -189,11 +195,18 @@ def _paths(node: DictConfig, above: str = "") -> Iterator[str]:
 
 
 def _unknown_group(line: str) -> str | None:
-    found = re.match(r"In '(.+)/(.+)': Could not override '(\w+)'\. No match in the defaults list", line)
+    found = re.match(r"In '(.+)/(.+)': Could not override '([\w@./]+)'\.", line)
     if found is None:
         return None
     group, option, missing = found.groups()
+    if "@" in missing:
+        return unplaced(group, option)
     return f"{group}={option} is for another command: it chooses {missing}, a group that this one does not have"
+
+
+def unplaced(group: str, option: str) -> str:
+    """What to do about an option whose values would go below the name of its group."""
+    return f"{group}={option} changes nothing: begin {group}/{option}.yaml with the line # @package _global_"
 
 
 def _no_option() -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from revnet.mistakes import is_out_of_memory, mistake
-from revnet.profiling import Memory, estimate, max_batch, measure, parse_bytes, plan
+from revnet.profiling import Memory, estimate, max_batch, measure, plan
 from revnet.reversible import ReversibleSequence, compile_branches, set_activations
 
 __all__ = ["profile_cell", "main"]
@@ -55,10 +55,10 @@ def profile_cell(cfg: DictConfig) -> dict[str, Any]:
     if cfg.mode == "estimate":
         return {"memory": _bytes(estimate(model, (cfg.batch_size, *shape), **options))}
     if cfg.mode == "max_batch":
-        most = max_batch(model, parse_bytes(cfg.budget, "budget"), shape, **options)
+        most = max_batch(model, cfg.budget, shape, **options)
         return {"max_batch": most, "memory": _bytes(estimate(model, (most, *shape), **options))}
     if cfg.mode == "plan":
-        found = plan(model, (cfg.batch_size, *shape), parse_bytes(cfg.budget, "budget"), **options)
+        found = plan(model, (cfg.batch_size, *shape), cfg.budget, **options)
         return {"plan": str(found), "memory": _bytes(found.memory), "seconds_over_store": found.seconds_over_store}
     if cfg.compile:
         compile_branches(model)
@@ -82,6 +82,12 @@ def _check(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={cfg[key]}: give a whole number, at least 1{', or null' if optional else ''}")
     if cfg.mode in ("max_batch", "plan") and cfg.budget is None:
         raise ValueError(f"mode={cfg.mode} fits a step into a budget: give it, such as budget=16GiB")
+    if cfg.mode in ("measure", "estimate") and cfg.budget is not None:
+        raise ValueError(
+            f"budget={cfg.budget}, mode={cfg.mode}: say what it is for by mode=max_batch or mode=plan, or leave it out"
+        )
+    if cfg.mode == "plan" and cfg.activations is not None:
+        raise ValueError(f"activations={cfg.activations}: mode=plan chooses them; leave activations out")
     if cfg.compile and cfg.mode != "measure":
         raise ValueError(f"compile=true, mode={cfg.mode}: compiled code is only measured; leave compile out")
 

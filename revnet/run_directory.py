@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from revnet.mistakes import leave
 from revnet.processes import agree, rank
 
-__all__ = ["KeepRuns", "with_saved_overrides"]
+__all__ = ["KeepRuns", "forget", "with_saved_overrides"]
 
 
 class KeepRuns(Callback):
@@ -85,7 +87,13 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
     if not records:
         raise ValueError(f"{given[-1]}: no run was started there (it has no .hydra/overrides.yaml)")
     record = records[max(records)]
-    saved = [str(override) for override in OmegaConf.load(record)]
+    try:
+        loaded: Any = OmegaConf.load(record)
+    except YAMLError:
+        loaded = None
+    if not isinstance(loaded, ListConfig):  # what a full disk or a loss of power leaves is no list
+        raise ValueError(f"{record} is empty or damaged: give ckpt_path=PATH, and what the run was started with, anew")
+    saved = [str(override) for override in loaded]
     again = {argument.partition("=")[0] for argument in arguments}
     origin = [override for override in saved if override.startswith("ckpt_path=") and parse(override).value()]
     if origin and not any(directory.glob("checkpoints/*.ckpt")):
@@ -95,6 +103,22 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
     first = arguments.index(flags.overrides[0])  # flags may stand before overrides and behind, not in their midst
     directory_of_configs = [] if flags.config_dir else _config_dir(record.with_name("hydra.yaml"))
     return [*directory_of_configs, *arguments[:first], *saved, *arguments[first:]]
+
+
+def forget(directory: Path, run: Any) -> None:
+    """Remove what Hydra has written of a training that was refused before it began.
+
+    Its overrides would hold for the next that goes on, and its directory would be taken.
+
+    Args:
+        directory: of the run.
+        run: Hydra's own node of the configuration.
+    """
+    shutil.rmtree(directory / run.output_subdir)
+    if run.output_subdir == ".hydra":  # the first: nothing else than its log can be there
+        (directory / f"{run.job.name}.log").unlink(missing_ok=True)
+        if not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def _config_dir(record: Path) -> list[str]:

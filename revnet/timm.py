@@ -69,7 +69,7 @@ class TimmRevNet(PreActResNet):
     """
 
     default_activations: Activations = "reconstruct"
-    tail: tuple[str, ...] = ("norm", "relu")
+    tail: tuple[str, ...] = ("norm", "act")
     architecture: dict[str, Any]
     global_pool: SelectAdaptivePool2d
     fc: Any

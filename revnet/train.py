@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from revnet.cli import command
-from revnet.mistakes import is_out_of_memory, leave
+from revnet.mistakes import is_out_of_memory, leave, mistake
 from revnet.reversible import compile_branches, set_chunk_size
-from revnet.run_directory import with_saved_overrides
+from revnet.run_directory import forget, with_saved_overrides
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
     from pytorch_lightning import LightningDataModule, Trainer
@@ -52,6 +52,18 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
         raise ValueError(
             f"the data has images of {data.image_shape[0]} channels, but the network takes {first.in_channels}: "
             "set model.in_channels (+model.in_channels=... for revnet's networks), or choose other data"
+        )
+    if not hasattr(network, "log_prob") and data.num_classes < 2:
+        raise ValueError(
+            f"the data has one class, {', '.join(data.class_names or ['0'])}, and a classifier needs two: is data.root "
+            f"the directory above train/CLASS/, and has each class a folder of its own there?"
+        )
+    stride, side = getattr(network, "total_stride", 1), min(data.image_shape[1:])
+    if stride <= side < 2 * stride:
+        log.warning(
+            "of images of %d pixels the last stage sees a single one: take larger images (data.image_size=224), or a "
+            "network for small ones (+model.small_images=true)",
+            side,
         )
     if getattr(network, "dequantise", None) is not None and data.normalization != "unit":
         raise ValueError(
@@ -105,6 +117,8 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         value = trainer.get(name)
         if isinstance(value, int | float) and value <= 0:
             raise ValueError(f"trainer.{name}={value}: give a positive number; {remedy}")
+        if isinstance(value, float) and name != "val_check_interval":
+            raise ValueError(f"trainer.{name}={value}: give a whole number")
     if (trainer.gradient_clip_val or 0) < 0:
         raise ValueError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: give a norm, or null to clip nothing")
     cuda = trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
@@ -127,7 +141,8 @@ def _held(network: torch.nn.Module, cfg: DictConfig) -> int:
     accumulates = cfg.trainer.accumulate_grad_batches > 1
     averages = "_target_" in (cfg.callbacks.get("ema") or ())
     strategy = cfg.trainer.strategy
-    in_buckets = "ddp" in (strategy if isinstance(strategy, str) else strategy._target_).lower()
+    name = (strategy if isinstance(strategy, str) else strategy._target_).lower()
+    in_buckets = "ddp" in name or (name == "auto" and (cfg.trainer.devices, cfg.trainer.num_nodes) != (1, 1))
     return gradients * (accumulates + in_buckets) + weights * averages
 
 
@@ -150,12 +165,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     import pytorch_lightning as pl
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
     from pytorch_lightning.strategies import DDPStrategy
 
     from revnet.training import (
         AtomicCheckpoints,
+        EnvironmentRecord,
         TrainingMonitor,
-        environment,
         load_weights,
         newest_checkpoint,
         print_summary,
@@ -196,13 +212,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
             )
         ckpt_path = None if found is None else str(found)
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
+    trained = 0
     if ckpt_path is not None:
-        load_weights(task, read_checkpoint(ckpt_path), ckpt_path)
+        checkpoint = read_checkpoint(ckpt_path)
+        load_weights(task, checkpoint, ckpt_path)
+        trained = checkpoint["global_step"]
+        if "config" in checkpoint and task.config is not None:
+            _say_what_changed(checkpoint["config"], task.config)
     chosen = {name: node for name, node in cfg.callbacks.items() if node is not None}
     for name in [name for name, node in chosen.items() if "_target_" not in node]:  # callbacks=none and an experiment
         log.warning("callbacks.%s: these settings are of no callback that was chosen", name)
         del chosen[name]
-    callbacks = [instantiate(node) for node in chosen.values()]
+    callbacks = [EnvironmentRecord(cfg.run_dir), *(instantiate(node) for node in chosen.values())]
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
@@ -211,6 +232,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         plugins=[AtomicCheckpoints(), *(instantiate(cfg.trainer.get("plugins"), _convert_="all") or [])],
         default_root_dir=cfg.run_dir,
     )
+    cluster = trainer._accelerator_connector.cluster_environment
+    if isinstance(cluster, SLURMEnvironment):  # its checkpoints would be tested, and gone on from, in the place of ours
+        cluster.auto_requeue = False
     if trainer.world_size == 1 and isinstance(trainer.strategy, DDPStrategy):
         raise ValueError(
             "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "
@@ -218,21 +242,19 @@ def train(cfg: DictConfig) -> dict[str, float]:
         )
     if trainer.world_size == 1:
         task.try_settings()
-    if trainer.max_epochs == -1 and trainer.max_steps == -1 and cfg.scheduler is not None:
+    if trainer.max_epochs == -1 and trainer.max_steps == -1 and cfg.get("scheduler") is not None:
         raise ValueError(
             "trainer.max_epochs=-1: the schedule needs to know when training ends; set trainer.max_epochs or "
             "trainer.max_steps"
         )
-    record = Path(cfg.run_dir, "environment.json")
-    if trainer.is_global_zero and not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(environment(), indent=2) + "\n")
     for logger in trainer.loggers:
         if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # beside their files lies .hydra/config.yaml
             logger.log_hyperparams(task.config)
 
     with _leaving_when_told(trainer, cfg.run_dir):
         _fit(trainer, task, data, ckpt_path, cfg)
+        if 0 < trained == trainer.global_step:
+            log.warning("nothing was left to train: the checkpoint has its %d steps already", trained)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         epochs = trainer.current_epoch
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -245,6 +267,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
         files = {"tested weights": best or "the last ones", "run directory": cfg.run_dir}
         print_summary(cfg.name, task, metrics, epochs, monitor, files)
     return metrics
+
+
+def _say_what_changed(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn where a training goes on with another network, task or data than it had."""
+    changed = [
+        f"{part}.{key}={now[part].get(key)} (was {then[part].get(key)})"
+        for part in ("model", "task", "data")
+        for key in {**then[part], **now[part]}
+        if then[part].get(key) != now[part].get(key)
+    ]
+    if changed:
+        log.warning("changed since the checkpoint: %s", ", ".join(changed[:8]))
 
 
 @contextmanager
@@ -281,17 +315,27 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
         shape = (cfg.data.batch_size, *data.image_shape)  # type: ignore[attr-defined]
         optimizer = instantiate(cfg.optimizer, _convert_="all")
         memory = memory_of(trainer.strategy.root_device)
-        raise ValueError(out_of_memory(task.network, shape, cfg.trainer.precision, optimizer, memory)) from error
+        held = _held(task.network, cfg)
+        raise ValueError(out_of_memory(task.network, shape, cfg.trainer.precision, optimizer, memory, held)) from error
 
 
 @command("train", prepare=lambda: sys.argv.__setitem__(slice(1, None), with_saved_overrides(sys.argv[1:])))
 def main(cfg: DictConfig) -> float | None:
     """Train as the command line says, and give a sweeper its metric."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir
+    run = HydraConfig.get()
+    if run.mode == RunMode.MULTIRUN and cfg.ckpt_path is None and any(Path(cfg.run_dir, "checkpoints").glob("*.ckpt")):
+        cfg.ckpt_path = "last"  # the directory of a sweep is new: a cluster has started this job again
+    begun = set(Path(cfg.run_dir).glob("environment*.json"))
     failed = 1
     try:
         metrics = train(cfg)
         failed = 0
+    except Exception as error:
+        refused = mistake(error) is not None and begun == set(Path(cfg.run_dir).glob("environment*.json"))
+        if refused and run.mode == RunMode.RUN and run.output_subdir is not None:
+            forget(Path(cfg.run_dir), run)
+        raise
     finally:
         if "wandb" in sys.modules:  # or the next job of a sweep would write into the run of this one
             sys.modules["wandb"].finish(exit_code=failed)

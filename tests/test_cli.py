@@ -164,6 +164,7 @@ def lines(text: str) -> list[str]:
         (["optimizer.learning_rate=1"], r"unknown key 'optimizer.learning_rate'; valid: lr, momentum, .*"),
         (["model.activation=store"], r"unknown key 'model.activation'; did you mean 'activations'\? .*"),
         (["optimizer.lr={"], r"cannot read 'optimizer.lr={': .*"),
+        (["data.root=~/images"], r"cannot read 'data.root=~/images': .*; quote .*: \"data.root='~/images'\""),
         (["model=revnet38,resnet32"], r".*Ambiguous value .*--multirun.*"),
         (["--config-dir", "nowhere", "seed=1"], r".*nowhere' not found"),
         (["-m", "model=revnet38,revnet83"], r"unknown model 'revnet83'; .*"),
@@ -178,6 +179,26 @@ def test_a_mistake_in_the_configuration_is_one_line(
     assert re.fullmatch("revnet-train: " + line, only)
     if arguments[0] != "-m":
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("defaults", ["", "defaults:\n- override /data: digits\n"])
+def test_an_experiment_that_would_change_nothing_is_one_line(
+    defaults: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine/experiment/my_run.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"{defaults}optimizer:\n  lr: 0.5\n")
+    main = command("train")(lambda cfg: pytest.fail("the job was started"))
+    assert invoke(main, "--config-dir", str(tmp_path / "mine"), "experiment=my_run") == (2 if defaults else 1)
+    (only,) = lines(capsys.readouterr().err)
+    assert only.startswith(
+        "revnet-train: experiment=my_run changes nothing: begin experiment/my_run.yaml with the line "
+    )
+    file.write_text(f"# @package _global_\n{defaults}optimizer:\n  lr: 0.5\n")
+    seen: list[float] = []
+    main = command("train")(lambda cfg: seen.append(cfg.optimizer.lr))
+    assert invoke(main, "--config-dir", str(tmp_path / "mine"), "experiment=my_run") == 0
+    assert seen == [0.5]
 
 
 def test_a_mistake_in_the_job_is_one_line(capsys: pytest.CaptureFixture) -> None:
@@ -479,3 +500,16 @@ def test_help_and_a_mistyped_name_do_not_wait_for_lightning(tmp_path: Path) -> N
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "hydra" in run.stdout.split()
     assert "pytorch_lightning" not in run.stdout.split()
+
+
+@pytest.mark.parametrize("content", ["", "- seed=1\n- [", "{seed: 1}"])
+def test_a_damaged_record_is_not_taken_for_an_empty_one(content: str) -> None:
+    record(".hydra", "seed=1")
+    Path("mine/.hydra/overrides.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"mine/.hydra/overrides.yaml is empty or damaged: give ckpt_path=PATH"):
+        with_saved_overrides(LAST)
+
+
+def test_a_job_that_the_system_killed_is_one_line() -> None:
+    error = type("TerminatedWorkerError", (Exception,), {})("A worker process ...")
+    assert (mistake(error) or "").startswith("a job was killed, most likely because memory ran out")

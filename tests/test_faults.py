@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import inspect
 import os
 import random
 import re
@@ -16,11 +17,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from revnet import train as train_module
 from revnet.training import Classifier, DensityEstimator
 from tests.commands import invoke
+from tests.test_train import rows
 
 TRAINING = (
     "data=fake",
@@ -39,11 +44,22 @@ TRAINING = (
 )
 # Averaged weights, and clipped gradients of two batches each: the odd last batch of an epoch is a step alone.
 AVERAGE = (
+    "data.train_size=250",  # seven batches an epoch
     "callbacks=ema",
     "callbacks.ema.update_every_n_steps=1",
     "trainer.accumulate_grad_batches=2",
     "trainer.gradient_clip_val=0.5",
 )
+KILL = """
+import itertools, os, signal
+from revnet.training import LastCheckpoint
+calls, own = itertools.count(1), LastCheckpoint.{hook}
+def kill(*args):
+    own(*args)
+    if next(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+LastCheckpoint.{hook} = kill
+"""
 TIMES = {"images_per_second", "peak_memory_mib"}
 
 
@@ -115,17 +131,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
 def test_a_killed_training_goes_on_to_the_same_bits(
     hook: str, call: int, options: tuple[str, ...], undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    script = f"""
-import itertools, os, signal
-from revnet.training import LastCheckpoint
-calls, own = itertools.count(1), LastCheckpoint.{hook}
-def kill(*args):
-    own(*args)
-    if next(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-LastCheckpoint.{hook} = kill
-"""
-    killed = start(tmp_path / "run", *TRAINING, *options, script=script)
+    killed = start(tmp_path / "run", *TRAINING, *options, script=KILL.format(hook=hook, call=call))
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert train(tmp_path / "run", "ckpt_path=last") == 0
@@ -147,6 +153,10 @@ def test_a_training_killed_at_a_random_moment_goes_on_to_the_same_bits(
     time.sleep(random.Random(seed).uniform(0, 8))
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL  # and the training had not ended before
+    saved = tmp_path / "run/checkpoints/last.ckpt"
+    step = torch.load(saved, weights_only=True)["global_step"] if saved.exists() else 0
+    print(f"killed after step {step}")
     assert train(tmp_path / "run", "ckpt_path=last") == 0
     assert differences(undisturbed(*longer), outcome(tmp_path / "run")) == []
 
@@ -177,29 +187,30 @@ class Fault(pl.Callback):
         self._at("test", self.counts["test"])
 
 
-VALIDATED = ("data.batch_size=16", "data.val_fraction=0.4")  # nine batches an epoch, and five of validation
+VALIDATED = ("data.batch_size=16", "data.train_size=224", "data.val_fraction=0.35")  # nine batches an epoch, then five
 FLOW = ("model=nice", "model.hidden=8", "model.layers=1", "data.normalization=unit", "data.flip=false")
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "status", "options"),
+    ("name", "batch", "step", "status", "options"),
     [
-        ("SIGTERM", 9, 143, ()),
-        ("SIGTERM", 9, 143, FLOW),
-        ("SIGTERM", 12, 143, ()),  # an epoch's last
-        ("SIGINT", 10, 130, ()),
-        ("SIGTERM", 9, 143, ("data.num_workers=1",)),
-        ("SIGTERM", 9, 143, ("trainer.accumulate_grad_batches=2",)),
-        ("SIGTERM", 9, 143, AVERAGE),
-        ("SIGTERM", 9, 143, ("trainer.max_steps=16",)),
-        ("SIGTERM", 12, 143, ("trainer.max_steps=16",)),
-        ("SIGTERM", 9, 143, VALIDATED),  # a validation of five batches follows
-        ("SIGINT", 3, 130, (*VALIDATED, "+trainer.val_check_interval=3")),
+        ("SIGTERM", 9, 9, 143, ()),
+        ("SIGTERM", 9, 9, 143, FLOW),
+        ("SIGTERM", 12, 12, 143, ()),  # an epoch's last
+        ("SIGINT", 10, 10, 130, ()),
+        ("SIGTERM", 9, 9, 143, ("data.num_workers=1",)),
+        ("SIGTERM", 9, 4, 143, ("trainer.accumulate_grad_batches=2",)),
+        ("SIGTERM", 9, 5, 143, AVERAGE),
+        ("SIGTERM", 9, 9, 143, ("trainer.max_steps=16",)),
+        ("SIGTERM", 12, 12, 143, ("trainer.max_steps=16",)),
+        ("SIGTERM", 9, 9, 143, VALIDATED),  # a validation of five batches follows
+        ("SIGINT", 3, 3, 130, (*VALIDATED, "+trainer.val_check_interval=3")),
     ],
 )
 def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
     name: str,
     batch: int,
+    step: int,
     status: int,
     options: tuple[str, ...],
     undisturbed: Callable[..., dict[str, Any]],
@@ -211,7 +222,6 @@ def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
     fault = f"+callbacks.fault={{_target_:tests.test_faults.Fault,batch:{batch},signal:{name}}}"
     assert train(tmp_path / "run", *TRAINING, *options, fault) == status
     (line,) = capsys.readouterr().err.splitlines()
-    step = batch // 2 if "trainer.accumulate_grad_batches=2" in options else batch
     what = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}[name]
     command = f"run_dir={tmp_path / 'run'} ckpt_path=last"
     assert line == f"revnet-train: stopped by {what} after step {step}: go on with revnet-train {command}"
@@ -223,12 +233,12 @@ def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("name", "batch", "step", "options"),
     [
-        ("SIGTERM", 2, 8, ()),
-        ("SIGINT", 7, 16, ()),
-        ("SIGTERM", 7, 16, ("callbacks=ema", "callbacks.ema.update_every_n_steps=1")),
+        ("SIGTERM", 2, 9, ()),
+        ("SIGINT", 7, 18, ()),
+        ("SIGTERM", 7, 18, ("callbacks=ema", "callbacks.ema.update_every_n_steps=1")),
         ("SIGTERM", 2, 3, ("+trainer.val_check_interval=3",)),
         ("SIGTERM", 7, 3, ("+trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2")),
-        ("SIGTERM", 5, 8, ()),  # the last of a validation
+        ("SIGTERM", 5, 9, ()),  # the last of a validation
     ],
 )
 def test_a_training_that_is_told_to_stop_while_it_validates_goes_on_to_the_same_bits(
@@ -288,6 +298,101 @@ def test_a_test_that_is_told_to_stop_leaves_the_training_as_it_ended(
     assert line.startswith(f"revnet-train: stopped by {what} after step 18: go on with ")
     assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
     assert differences(expected, outcome(tmp_path / "run")) == []
+
+
+def test_a_validation_that_was_the_last_thing_saved_counts_once(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Killed with nothing but the best checkpoint there, which is written in a hook of the validation."""
+    options = (*VALIDATED, "+trainer.val_check_interval=3", "callbacks.last.every_n_train_steps=500")
+    expected = undisturbed(*options)
+    killed = start(tmp_path / "run", *TRAINING, *options, script=KILL.format(hook="on_train_batch_end", call=5))
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["best.ckpt"]
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert differences(expected, outcome(tmp_path / "run")) == []
+
+
+def test_a_best_checkpoint_of_an_epoch_s_end_goes_on_with_the_next_epoch(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """With a validation after every other epoch it is written ahead of the epoch's last hooks."""
+    options = (*VALIDATED, "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4")
+    assert train(tmp_path / "run", *TRAINING, *options, "trainer.max_epochs=2", "scheduler=constant") == 0
+    best = tmp_path / "run/checkpoints/best.ckpt"
+    assert train(tmp_path / "run", "ckpt_path=" + str(best), *TRAINING, *options, "scheduler=constant") == 0
+    expected, found = undisturbed(*options, "scheduler=constant"), outcome(tmp_path / "run")
+    for side in (expected, found):  # the accuracy of the epoch that ended so is in no checkpoint
+        side["lines"] = [line for line in side["lines"] if "train/accuracy" not in line or line["epoch"] != "1"]
+    assert differences(expected, found) == []
+
+
+@pytest.mark.parametrize("ended", ["trainer.max_epochs=3", "trainer.max_steps=18"])
+def test_an_ended_training_still_knows_its_metrics(ended: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As one that was killed in its test."""
+    assert train(tmp_path / "run", *TRAINING, ended) == 0
+    said = rows(capsys.readouterr().out)
+    assert train(tmp_path / "run", "ckpt_path=last", "optimized_metric=val/accuracy") == 0
+    again = rows(capsys.readouterr().out)
+    names = ("train accuracy", "val accuracy", "val loss", "test accuracy", "test loss")
+    assert [again[name] for name in names] == [said[name] for name in names]
+
+
+def test_a_line_of_the_log_that_was_cut_short_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stopped(tmp_path / "run", capsys)
+    log = tmp_path / "run/csv/version_0/metrics.csv"
+    header, *lines = log.read_text().splitlines()
+    place = header.split(",").index("step")
+    log.write_text("\n".join([header, *lines[:-1], ",".join(lines[-1].split(",")[:place])]))
+    with pytest.warns(UserWarning, match=f"has {len(lines) - 1} lines of the {len(lines)} that it had"):
+        assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
+
+
+def test_what_was_refused_is_no_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stopped(tmp_path / "run", capsys)
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    again = ("ckpt_path=last", "callbacks.fault=null")
+    assert train(tmp_path / "run", *again, "optimizer.lr=-1", "seed=7") == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+    assert train(tmp_path / "run", *again) == 0
+    assert "seed=7" not in (tmp_path / "run/.hydra_1/overrides.yaml").read_text()
+    assert (tmp_path / "run/environment_1.json").is_file()
+
+
+def test_a_training_that_was_refused_leaves_its_directory_to_the_next(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", *TRAINING, "optimizer.lr=-1") == 1
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", *TRAINING, "trainer.max_steps=1") == 0
+
+
+def test_a_job_of_a_sweep_that_is_started_again_goes_on(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As a cluster does it that has put a job off: the same function of the same configuration, nothing else."""
+    expected = undisturbed()
+    stopped(tmp_path / "run", capsys)
+    cfg = OmegaConf.load(tmp_path / "run/.hydra/config.yaml")
+    cfg.callbacks.fault = None
+    hydra = OmegaConf.load(tmp_path / "run/.hydra/hydra.yaml").hydra
+    hydra.mode, hydra.runtime.output_dir = "MULTIRUN", str(tmp_path / "run")
+    HydraConfig.instance().set_config(
+        OmegaConf.create({"hydra": OmegaConf.merge(OmegaConf.structured(HydraConf), hydra)})
+    )
+    inspect.unwrap(train_module.main)(cfg)
+    assert differences(expected, outcome(tmp_path / "run")) == []
+
+
+def test_a_job_of_slurm_is_told_of_its_time_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    before = signal.getsignal(signal.SIGUSR1)
+    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:5,signal:SIGUSR1}"
+    assert train(tmp_path / "run", *TRAINING, fault) == 143
+    assert "after step 5: go on with" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_a_run_that_was_moved_goes_on_and_remembers_its_best(
@@ -423,7 +528,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_images(
 @pytest.mark.parametrize(
     ("task", "options", "remedy"),
     [
-        (Classifier, (), r", and the training step takes \d+ MB: something else holds the rest"),
+        (Classifier, (), r", and the training takes \d+ MB: something else holds the rest"),
         (DensityEstimator, FLOW, "; try a smaller data.batch_size"),
     ],
 )

@@ -139,6 +139,8 @@ def test_a_network_without_a_sequence_stores() -> None:
         (["threads=0"], "threads=0: .*, or null"),
         (["mode=plan"], "mode=plan .* budget=16GiB"),
         (["mode=max_batch", "budget=many"], ".*many.*"),
+        (["budget=16GiB"], "budget=16GiB, mode=measure: say what it is for by mode=max_batch or mode=plan"),
+        (["mode=plan", "budget=16GiB", "activations=store"], "activations=store: mode=plan chooses them"),
         (["mode=estimate", "compile=true"], "compile=true, mode=estimate: .*"),
         (["device=abacus"], "device=abacus: give auto, .*"),
         (["activations=forget"], ".*forget.*"),

@@ -12,6 +12,7 @@ import torch
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from PIL import Image
 
 from revnet import train as train_module
 from revnet.cli import compose
@@ -147,6 +148,54 @@ def test_a_run_is_resumed_in_its_directory(tmp_path: Path) -> None:
     assert losses == ["0", "1", "2", "3"]  # the whole training, nothing twice
 
 
+def test_going_on_says_what_is_another_than_before_and_whether_nothing_is_left() -> None:
+    assert train("run_dir=here", "logger=none") == 0
+    assert train("run_dir=again", "ckpt_path=here/checkpoints/last.ckpt", "logger=none") == 0
+    said = Path("again/train.log").read_text()
+    assert "nothing was left to train: the checkpoint has its 2 steps already" in said
+    assert "changed since the checkpoint" not in said
+    more = ("data.seed=3", "task.channels_last=true", "trainer.max_epochs=2")
+    assert train("run_dir=other", "ckpt_path=here/checkpoints/last.ckpt", "logger=none", *more) == 0
+    said = Path("other/train.log").read_text()
+    line = "changed since the checkpoint: task.channels_last=True (was False), data.seed=3 (was 0)"
+    assert line in " ".join(said.split())
+    assert "nothing was left" not in said
+
+
+def test_a_network_of_the_user_is_found_in_the_working_directory(tmp_path: Path) -> None:
+    """By the installed command, which Python starts from another directory."""
+    (tmp_path / "mine/model").mkdir(parents=True)
+    (tmp_path / "mine/model/net.yaml").write_text("_target_: net.Net\nnum_classes: null\n")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self, num_classes):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))\n"
+    )
+    command = [str(Path(sys.executable).with_name("revnet-train")), "--config-dir", "mine", "model=net", *TINY]
+    run = subprocess.run([*command, "logger=none", "run_dir=here"], capture_output=True, text=True, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert rows(run.stdout)["parameters"] == "1,930"
+
+
+def test_a_classifier_needs_two_classes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        folder = tmp_path / "images" / split / "photos"
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+    assert invoke(train_module.main, "data=image_folder", "data.root=images", "trainer=cpu") == 1
+    (only,) = capsys.readouterr().err.strip().splitlines()
+    assert only.startswith("revnet-train: the data has one class, photos, and a classifier needs two: is data.root ")
+
+
+@pytest.mark.parametrize(("model", "warned"), [("revnet18", True), ("revnet38", False), ("resnet18", False)])
+def test_images_that_shrink_to_one_pixel_are_warned_of(
+    model: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.device("meta"):
+        train_module.build(compose("train", "data=fake", "data.image_shape=[3,32,32]", f"model={model}"))
+    assert ("of images of 32 pixels the last stage sees a single one" in caplog.text) == warned
+
+
 def test_a_sequence_beyond_the_threshold_of_drift_stores_and_one_line_says_so(tmp_path: Path) -> None:
     """In a process of its own, as the console shows it."""
     drifts = ("model.exact=false", "callbacks.drift.fall_back_above=1e-9")
@@ -202,6 +251,8 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
         (["scheduler=step", "scheduler.milestones=[40000]"], r"scheduler: milestones .*\[40000\]"),
         (["optimizer.momentum=0", "optimizer.nesterov=true"], r"optimizer: Nesterov .*"),
         (["trainer.max_epochs=-1"], r"trainer.max_epochs=-1: the schedule needs to know .*"),
+        (["trainer.accumulate_grad_batches=2.5"], r"trainer.accumulate_grad_batches=2.5: give a whole number"),
+        (["optimizer=adamw", "optimizer.betas=[0.9]"], r"optimizer: .*"),
         (["+model.width=3"], r"model: .*'width'.*"),
         (["+trainer.steps=3"], r".*trainer.*steps.*"),
         (["ckpt_path=nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file; .*"),
@@ -257,7 +308,9 @@ def test_a_memory_budget_is_one_option(capsys: pytest.CaptureFixture, tmp_path: 
     capsys.readouterr()
     assert train("run_dir=there", "memory_budget=1MB") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"budget=1000000 is too small for RevNet .* the least possible is [\d,]+ bytes", line)
+    assert re.search(
+        r"memory_budget=1MB: budget=1000000 is too small for RevNet .* the least possible is [\d,]+ bytes", line
+    )
     assert train("run_dir=elsewhere", "memory_budget=1MB", "model=resnet18") == 1
     assert "has no ReversibleSequence" in capsys.readouterr().err
 

@@ -22,6 +22,8 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
         padding: pixels of zeros on each side, out of which a window of the images' own size is cut.
 
     Example:
+        >>> import torch
+        >>> from revnet.data import random_crop
         >>> random_crop(torch.ones(8, 3, 32, 32), padding=4).shape
         torch.Size([8, 3, 32, 32])
     """
@@ -38,6 +40,8 @@ def random_flip(images: Tensor) -> Tensor:
         images: (batch, channels, height, width), of any dtype.
 
     Example:
+        >>> import torch
+        >>> from revnet.data import random_flip
         >>> random_flip(torch.tensor([[[[1, 2]]]])).sum().item()
         3
     """
@@ -55,6 +59,8 @@ def cutout(images: Tensor, size: int) -> Tensor:
         size: side of the square in pixels. Its centre lies in the image, its corners may not.
 
     Example:
+        >>> import torch
+        >>> from revnet.data import cutout
         >>> (cutout(torch.ones(1, 1, 9, 9), size=1) == 0).sum().item()
         1
     """
@@ -86,6 +92,8 @@ def mixing(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | None
         None if there is nothing to mix.
 
     Example:
+        >>> import torch
+        >>> from revnet.data import mixing
         >>> images, shares = mixing(0.2, 1.0, num_classes=5)(torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
         >>> images.shape, shares.shape, round(shares.sum().item(), 4)
         (torch.Size([4, 3, 8, 8]), torch.Size([4, 5]), 4.0)

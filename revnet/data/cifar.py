@@ -60,7 +60,7 @@ class CIFAR10(ImageDataModule):
         except RuntimeError:
             raise FileNotFoundError(
                 f"root={self.root}: {self.source.__name__} is not there or damaged; fetch it with data.download=true "
-                f"(in Python download=True), or put {self.source.filename} there"
+                f"(in Python download=True, then prepare_data()), or put {self.source.filename} there"
             ) from None
         images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()
         return TensorImages(images, torch.tensor(read.targets))

@@ -45,6 +45,9 @@ class TensorImages(Dataset[Batch]):
         labels: (items,), int64.
 
     Example:
+        >>> import torch
+        >>> from revnet.data import TensorImages
+        >>> from revnet.data.datasets import whole_batch
         >>> images = TensorImages(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10))
         >>> loader = torch.utils.data.DataLoader(images, batch_size=4, collate_fn=whole_batch)
         >>> [labels.tolist() for _, labels in loader]

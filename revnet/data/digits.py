@@ -25,6 +25,7 @@ class Digits(ImageDataModule):
         options: the other arguments of `ImageDataModule`.
 
     Example:
+        >>> from revnet.data import Digits
         >>> data = Digits()
         >>> data.setup()
         >>> {name: len(data.splits[name]) for name in ('train', 'val', 'test')}

@@ -21,8 +21,11 @@ class Places(DistributedSampler[int]):
 
     Attributes:
         start: how many places of an epoch are passed over.
+        alone: whether no trainer chooses the epochs, so that each pass is the next one.
+        begun: whether the epoch that was set last has been begun.
 
     Example:
+        >>> from revnet.data.epochs import Places
         >>> places = Places(range(5), num_replicas=1, rank=0, shuffle=False)
         >>> places.set_epoch(1)
         >>> list(places)
@@ -30,6 +33,13 @@ class Places(DistributedSampler[int]):
     """
 
     start = 0
+    alone = False
+    begun = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose what the next pass is."""
+        super().set_epoch(epoch)
+        self.begun = False
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * len(self.dataset)  # type: ignore[arg-type]
@@ -72,6 +82,9 @@ class EpochLoader(Loader):
         begin, self._begin = self._begin, 0
         self._handed_out = begin
         if isinstance(self.sampler, Places):
+            if self.sampler.alone and self.sampler.begun:
+                self.sampler.set_epoch(self.sampler.epoch + 1)
+            self.sampler.begun = True
             self.sampler.start = begin * (self.batch_size or 1)
             return self._count(super().__iter__())
         return self._count(islice(super().__iter__(), begin, None))  # Lightning puts in a sampler of its own to overfit
@@ -94,7 +107,7 @@ class EpochLoader(Loader):
         if state["batches"] and state.get("batch_size", self._images()) != self._images():
             raise ValueError(
                 f"batch_size={self._images()}: the checkpoint is of the middle of an epoch in batches of "
-                f"{state['batch_size']}; go on with these, or from a checkpoint of an epoch's end, such as best.ckpt"
+                f"{state['batch_size']}; go on with these, or from a checkpoint of an epoch's end"
             )
         self._begin = self._handed_out = state["batches"]
 

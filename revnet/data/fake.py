@@ -27,6 +27,7 @@ class Fake(ImageDataModule):
         options: the other arguments of `ImageDataModule`.
 
     Example:
+        >>> from revnet.data import Fake
         >>> data = Fake((1, 5, 5), num_classes=3, train_size=9, val_fraction=0)
         >>> data.setup()
         >>> images, labels = data.splits["train"][0]

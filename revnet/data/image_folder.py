@@ -44,6 +44,8 @@ class ImageFolder(ImageFiles):
             read raise one with their path, when they are read.
     """
 
+    class_names: Sequence[str]
+
     def __init__(
         self,
         root: str | PathLike[str],
@@ -66,9 +68,19 @@ class ImageFolder(ImageFiles):
     def load(self) -> tuple[Images, Images | None, Images]:
         """Find the files, and read them if they can be held."""
         held_out = held_out_splits(self.root)
+        others = sorted(
+            folder.name
+            for folder in self.root.iterdir()
+            if folder.is_dir() and folder.name not in ("train", "val", "test") and folder.name[0] != "."
+        )
+        if others:
+            log.warning("%s: passed over, for they are none of train, val and test: %s", self.root, ", ".join(others))
         self._files = [
             FileImages(*list_images(self.root / name, self.class_names), self.plain()) for name in ("train", *held_out)
         ]
+        counts = ", ".join(f"{len(f):,} in {name}" for name, f in zip(("train", *held_out), self._files, strict=True))
+        names = f"{', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''}"
+        log.info("%s: images of %d classes (%s): %s", self.root, len(self.class_names), names, counts)
         read: list[Images] = [*self._files]
         gibibytes = sum(map(len, read)) * 3 * self.image_shape[1] ** 2 / 2**30
         if not self.varies and gibibytes <= self.memory_limit:

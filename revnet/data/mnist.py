@@ -98,7 +98,7 @@ class MNIST(ImageDataModule):
         if path is None:
             raise FileNotFoundError(
                 f"root={self.root}: {name} is not there, nor {name}.gz; put MNIST's four files there, or fetch them "
-                f"with data.download=true (in Python download=True)"
+                f"with data.download=true (in Python download=True, then prepare_data())"
             )
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import pytorch_lightning as pl
@@ -49,9 +50,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     Attributes:
         image_shape, num_classes: of the data; known from the start.
+        class_names: what the labels mean, in their order, where the data says so; else None.
         splits: the data sets "train", "test" and, if there is validation, "val", after `setup`.
 
-    A checkpoint of the trainer keeps what the images were normalised by.
+    A checkpoint of the trainer keeps what the images were normalised by, and what the labels mean.
 
     Example:
         >>> from revnet.data import Digits
@@ -61,6 +63,8 @@ class ImageDataModule(pl.LightningDataModule):
         >>> images.dtype, data.preprocess(images, training=True).shape
         (torch.uint8, torch.Size([100, 3, 8, 8]))
     """
+
+    class_names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -167,15 +171,24 @@ class ImageDataModule(pl.LightningDataModule):
         return self._trained_with or Normalize.named(self.normalization, batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the images are normalised by."""
-        return {"normalization": self.normalization, **self.normalize.state_dict()}
+        """Return what the images are normalised by, and what the labels mean."""
+        names = None if self.class_names is None else list(self.class_names)
+        return {"normalization": self.normalization, **self.normalize.state_dict(), "class_names": names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Normalise the images, whatever they are, by what a network was trained with, unless told to do otherwise.
 
         Raises:
-            ValueError: what it was trained with is a mean image of another shape.
+            ValueError: what it was trained with is a mean image of another shape, or has other classes.
         """
+        names = state.get("class_names")
+        if names is not None and self.class_names is not None and names != list(self.class_names):
+            pairs = zip_longest(names, self.class_names, fillvalue="nothing")
+            first, now = next((there, here) for there, here in pairs if there != here)
+            raise ValueError(
+                f"the network was trained on classes of which one is {first}, and these data have {now} in its place: "
+                f"give both the same class folders"
+            )
         if state["normalization"] != self.normalization:
             return
         shape = tuple(state["shift"].shape)
@@ -214,8 +227,9 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the training images in random order; what is left over for an incomplete batch is dropped.
 
-        Torch's seed and the epoch decide the order, and the loader's `state_dict` keeps its place in it, whatever the
-        number of its processes. Without a trainer, `loader.sampler.set_epoch(epoch)` begins another order.
+        Torch's seed and the epoch decide the order and all random changes of the images but those of `preprocess`, and
+        the loader's `state_dict` keeps its place in it, whatever the number of its processes. Without a trainer every
+        pass over the loader is the next epoch, so make it once; `loader.sampler.set_epoch(epoch)` chooses one.
         """
         images = len(self.splits["train"]) // (self.trainer.world_size if self.trainer else 1)
         if images < self.batch_size:
@@ -225,6 +239,7 @@ class ImageDataModule(pl.LightningDataModule):
         seed = torch.initial_seed()
         self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
         order = self._order()
+        order.alone = self.trainer is None
         if self.trainer is not None:  # a loader with processes begins to load before the trainer says which epoch it is
             order.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return self._loader(Epochs(self.splits["train"], order.seed), EpochLoader, sampler=order, drop_last=True)
@@ -254,6 +269,10 @@ class ImageDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the test images in their order."""
         return self._loader(self.splits["test"])
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return the test images in their order."""
+        return self.test_dataloader()
 
     def _order(self) -> Places:
         """The order of the training images on this device, which asks no other process anything."""

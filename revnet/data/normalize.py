@@ -21,6 +21,8 @@ class Normalize(nn.Module):
         scale: likewise.
 
     Example:
+        >>> import torch
+        >>> from revnet.data import Normalize
         >>> Normalize.named("symmetric")(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([-1.,  1.])
     """

@@ -27,6 +27,8 @@ def read_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) ->
 
     Example:
         >>> import os, tempfile
+        >>> from PIL import Image
+        >>> from revnet.data import read_image
         >>> file = os.path.join(tempfile.mkdtemp(), "gray.png")
         >>> Image.new("L", (4, 2)).save(file)
         >>> read_image(file).mode, read_image(file).size

@@ -24,6 +24,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[list[i
 
     Example:
         >>> import torch
+        >>> from revnet.data import stratified_split
         >>> stratified_split(torch.tensor([0, 0, 1, 1]), fraction=0.5, seed=0)
         ([0, 3], [1, 2])
     """

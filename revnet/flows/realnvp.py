@@ -38,7 +38,6 @@ def realnvp(
     dequantise: bool = True,
     logit: float | None = 0.05,
     activations: Activations = "reconstruct",
-    exact: bool | None = None,
 ) -> Flow:
     """A RealNVP flow on images. With its defaults the architecture of the paper for CIFAR-10.
 
@@ -62,7 +61,6 @@ def realnvp(
         dequantise: for 8-bit images in [0, 1].
         logit: how far the logit keeps off 0 and 1; None leaves it out, for data that are not in [0, 1].
         activations: what becomes of the activations for the backward pass; see `ReversibleSequence`.
-        exact: True raises ValueError, because affine couplings cannot be undone to the bit; None and False are alike.
 
     Raises:
         ValueError: an image shape that cannot be halved so often, or another argument out of its range.
@@ -114,7 +112,7 @@ def realnvp(
     if logit is not None:
         parts[0].insert(0, Logit(logit))
     flow = Flow(
-        stages=[ReversibleSequence(part, exact=exact) for part in parts],
+        stages=[ReversibleSequence(part) for part in parts],
         event_shape=image_shape,
         latent_shapes=latents,
         prior=prior,

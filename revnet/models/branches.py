@@ -16,7 +16,9 @@ from revnet.reversible.halves import dense_format
 __all__ = [
     "BasicBranch",
     "BottleneckBranch",
+    "BranchKind",
     "as_convolved",
+    "checked_norm",
     "convolution_dtype",
     "conv1x1",
     "conv3x3",
@@ -28,6 +30,20 @@ __all__ = [
 def norm(channels: int) -> nn.BatchNorm2d:
     """Batch normalisation with the constants of Gomez et al. 2017: eps 1e-3, decay 0.99."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def checked_norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
+    """`norm_layer(channels)`; TypeError or ValueError with the name of the argument where that fails."""
+    remedy = "give a function from a number of channels, such as nn.BatchNorm2d, to a module"
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(f"norm_layer={norm_layer!r} is no function; {remedy}")
+    try:
+        module = norm_layer(channels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"norm_layer={norm_layer!r} fails for {channels} channels: {error}; {remedy}") from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"norm_layer={norm_layer!r} returned {module!r} for {channels} channels; {remedy}")
+    return module
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -185,3 +201,6 @@ class BottleneckBranch(nn.Module):
         x = self.conv1(x)
         x = self.conv2(self.relu(self.bn2(x)))
         return self.conv3(self.relu(self.bn3(x)))
+
+
+BranchKind = type[BasicBranch] | type[BottleneckBranch]

@@ -41,7 +41,7 @@ from typing import Any
 
 from torch import nn
 
-from revnet.models.branches import BasicBranch, BottleneckBranch
+from revnet.models.branches import BasicBranch, BottleneckBranch, BranchKind, checked_norm
 from revnet.models.network import FullyReversibleNet, PreActResNet, RevNet
 from revnet.models.registry import register_model
 from revnet.models.units import PointwiseShortcut, Stage
@@ -67,11 +67,8 @@ def inner_width(number: int, groups: int = 1, width_per_group: int = 64) -> int:
     return STEM * 2**number * width_per_group // 64 * groups
 
 
-Kind = type[BasicBranch] | type[BottleneckBranch]
-
-
 def matching_width(
-    branch: Kind,
+    branch: BranchKind,
     number: int,
     units: int,
     resnet_units: int,
@@ -122,7 +119,7 @@ def matching_width(
     return min(widths, key=distance)
 
 
-def _cost(branch: Kind, before: int, after: int, width: int, groups: int, area: int = 1) -> int:
+def _cost(branch: BranchKind, before: int, after: int, width: int, groups: int, area: int = 1) -> int:
     """Multiply-adds of a branch's convolutions for each pixel behind it, where `area` pixels are ahead of it."""
     if branch is BasicBranch:
         return 9 * before * width + 9 * width * after
@@ -130,7 +127,7 @@ def _cost(branch: Kind, before: int, after: int, width: int, groups: int, area: 
 
 
 def _revnet(
-    branch: Kind,
+    branch: BranchKind,
     units: Sequence[int],
     resnet_units: Sequence[int],
     *,
@@ -173,7 +170,7 @@ def _revnet(
             f"replace_stride_with_dilation={replace_stride_with_dilation}: {what}; leave it out, or take revnet50 or a "
             f"larger one with downsampling='strided'"
         )
-    norm_layer = nn.BatchNorm2d if norm_layer is None else partial(_norm, norm_layer)
+    norm_layer = nn.BatchNorm2d if norm_layer is None else partial(checked_norm, norm_layer)
     stages, channels, dilation = [], STEM, 1
     for number, (count, theirs, dilated) in enumerate(zip(units, resnet_units, dilate, strict=True)):
         out = STEM * 4**number if reversible else STEM * 2**number * branch.expansion
@@ -219,20 +216,6 @@ def _refuse(unknown: dict[str, Any]) -> None:
         valid = sorted([*(_revnet.__kwdefaults__ or ()), "weights", "progress"])
         near = "".join(f"did you mean {close!r}? " for close in get_close_matches(name, valid, n=1))
         raise TypeError(f"unexpected keyword argument {name!r}; {near}valid: {', '.join(valid)}")
-
-
-def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
-    """`norm_layer(channels)`; TypeError or ValueError with the name of the argument where that fails."""
-    remedy = "give a function from a number of channels, such as nn.BatchNorm2d, to a module"
-    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
-        raise TypeError(f"norm_layer={norm_layer!r} is no function; {remedy}")
-    try:
-        module = norm_layer(channels)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"norm_layer={norm_layer!r} fails for {channels} channels: {error}; {remedy}") from error
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"norm_layer={norm_layer!r} returned {module!r} for {channels} channels; {remedy}")
-    return module
 
 
 @register_model

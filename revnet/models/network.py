@@ -36,7 +36,8 @@ def _check_images(x: Tensor, channels: int, least: int) -> None:
     if x.ndim != 4 or min(x.shape[-2:]) < least:
         raise ValueError(
             f"images of shape {tuple(x.shape)}: this network takes (batch, channels, height, width) with height and "
-            f"width of at least {least}, its total stride; give it larger images or a network for small ones"
+            f"width of at least {least}, its total stride; give it larger images, or take a network for small ones, "
+            f"such as revnet38() or revnet50(small_images=True)"
         )
 
 
@@ -58,7 +59,8 @@ class PreActResNet(Switched):
             values of `activations`; None for the default. See `ReversibleSequence`.
 
     Input (B, in_channels, H, W), output logits (B, num_classes). Children: conv1, bn1, relu, maxpool, layer1, layer2,
-    ..., norm, avgpool, fc. A stage's output is the residual stream before any activation; `norm` is the BN of the tail.
+    ..., norm, act, avgpool, fc, one after the other the network (with `flatten(1)` ahead of fc). A stage's output is
+    the residual stream before any activation; `norm` and `act` are the BN-ReLU of the tail.
 
     Attributes:
         inplanes: channels of the last stage, as torchvision's detection models ask for them.
@@ -67,7 +69,7 @@ class PreActResNet(Switched):
     default_activations: Activations = "store"
     # Maximum and ReLU commute, and behind the pooling the ReLU keeps a quarter.
     stem = ("conv1", "bn1", "maxpool", "relu")
-    tail: tuple[str, ...] = ("norm", "relu", "avgpool")
+    tail: tuple[str, ...] = ("norm", "act", "avgpool")
 
     def __init__(
         self,
@@ -84,7 +86,8 @@ class PreActResNet(Switched):
         super().__init__()
         if num_classes < 1 or in_channels < 1:
             raise ValueError(f"num_classes={num_classes}, in_channels={in_channels}: both must be at least 1")
-        # In the order in which torchvision's ResNets run them, which its IntermediateLayerGetter relies on.
+        # In the order in which torchvision's ResNets run them, on which its IntermediateLayerGetter relies, and
+        # everyone who makes features of `children()`.
         self.conv1 = (
             nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
             if small_images
@@ -100,6 +103,7 @@ class PreActResNet(Switched):
             self.add_module(name, ReversibleSequence(layers, exact=exact))
         self.inplanes = stages[-1].channels
         self.norm = norm_layer(self.inplanes)
+        self.act = nn.ReLU(inplace=True)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self.inplanes, num_classes)
         for module in self.modules():

@@ -19,6 +19,7 @@ def gibibytes(size: float) -> str:
     """A number of bytes to be read: 3 digits and the unit.
 
     Example:
+        >>> from revnet.report.cells import gibibytes
         >>> gibibytes(463_000_000), gibibytes(3 * 2**30)
         ('442 MiB', '3.00 GiB')
     """

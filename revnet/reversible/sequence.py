@@ -70,7 +70,7 @@ class ReversibleSequence(nn.Sequential):
     Attributes:
         reconstruction_error: ||reconstructed - true|| / ||true|| of the last backward pass, the worst of the stretches
             of reconstructed layers, measured on a sample of their input that covers every channel; a 0-dim tensor on
-            the device, or None where nothing has been reconstructed yet.
+            the device. None from a forward pass with gradients to its backward pass, and if that reconstructs nothing.
         watch: the thresholds of that error, `watch.warn_above` and `watch.raise_above`; see `Watch`.
         check_determinism: True compares a few values of what a branch (a recomputed layer) returns in the backward pass
             with those of the forward pass and raises RuntimeError, naming it, where they differ by more than

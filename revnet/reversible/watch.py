@@ -52,7 +52,8 @@ class Watch:
 
     warn_above: float | None = None
     raise_above: float | None = None
-    _pending: deque[tuple[Tensor, torch.Event, float, bool]] = field(default_factory=deque)
+    _pending: deque[tuple[int, Tensor, torch.Event, float, bool]] = field(default_factory=deque)
+    _passes: int = 0
 
     def __reduce__(self) -> tuple[type[Watch], tuple[float | None, float | None]]:
         """Copies keep the thresholds; what is on its way from the device stays with the original."""
@@ -77,14 +78,18 @@ class Watch:
         on_host = torch.empty_like(error, device="cpu", pin_memory=True).copy_(error, non_blocking=True)
         arrived = torch.Event(error.device.type)
         arrived.record()
-        self._pending.append((on_host, arrived, warn_above, exact))
+        self._pending.append((self._passes, on_host, arrived, warn_above, exact))
 
     def judge_arrived(self) -> None:
-        """Judges the errors that have arrived from the device."""
+        """Judges the errors that have arrived from the device; for the beginning of every forward pass.
+
+        Those of the pass before the last one are waited for: the device has long gone on.
+        """
         if _is_capturing():
             return  # nothing may be asked of the device
-        while self._pending and (self._pending[0][1].query() or len(self._pending) > 1):
-            on_host, arrived, warn_above, exact = self._pending.popleft()
+        self._passes += 1
+        while self._pending and (self._pending[0][0] < self._passes - 1 or self._pending[0][2].query()):
+            _, on_host, arrived, warn_above, exact = self._pending.popleft()
             arrived.synchronize()
             self._judge(float(on_host), warn_above, exact)
 

@@ -7,7 +7,7 @@ from revnet.training.classifier import Classifier
 from revnet.training.continuation import Continuation
 from revnet.training.density import DensityEstimator
 from revnet.training.drift_guard import DriftGuard
-from revnet.training.environment import environment
+from revnet.training.environment import EnvironmentRecord, environment
 from revnet.training.fully_shard import FullyShard
 from revnet.training.last_checkpoint import LastCheckpoint
 from revnet.training.loss_guard import LossGuard
@@ -44,6 +44,7 @@ __all__ = [
     "read_checkpoint",
     "load_weights",
     "print_summary",
+    "EnvironmentRecord",
     "environment",
     "WeightAverage",
 ]

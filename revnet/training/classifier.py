@@ -30,13 +30,16 @@ class Classifier(Task):
             network's own weights are laid out again.
         norm_momentum: weight of one batch in the running statistics of batch normalisation; None leaves the network's
             own. The paper's 0.01 needs thousands of steps before validation means anything.
-        test_time_flip: validate and test on the mean of the logits of every image and its mirror image.
+        test_time_flip: validate, test and predict by the mean of the logits of every image and its mirror image.
 
     Logged: `train/loss` per step, `{train,val,test}/accuracy` and `{val,test}/loss` per epoch. No step waits for the
     device.
 
     Example:
         >>> from functools import partial
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet.training import Classifier
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
         >>> classifier = Classifier(network, partial(torch.optim.SGD, lr=0.1))
         >>> classifier(torch.zeros(5, 3, 2, 2)).shape
@@ -93,18 +96,24 @@ class Classifier(Task):
         loss = self._evaluate(batch, "test", self.test_accuracy)
         self.log("test/loss", loss, batch_size=len(batch[1]), sync_dist=True)
 
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Return the logits of one batch."""
+        return self._logits(batch[0], self.test_time_flip)
+
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, accuracy: Metric) -> Tensor:
         images, labels = batch
-        logits = self(images)
-        if self.test_time_flip and split != "train":
-            logits = (logits + self(images.flip(-1))) / 2
+        logits = self._logits(images, self.test_time_flip and split != "train")
         # Labels of mixed images are shares of the classes, of which the largest counts.
         accuracy.update(logits.detach(), labels if labels.ndim == 1 else labels.argmax(dim=1))
         # Once an epoch, so that the progress bar does not wait for the device at every step.
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
         return self.loss(logits, labels)
 
+    def _logits(self, images: Tensor, flip: bool) -> Tensor:
+        return (self(images) + self(images.flip(-1))) / 2 if flip else self(images)
+
     def configure_model(self) -> None:
         """Shard the network where the strategy asks for it."""
-        if isinstance(self.trainer.strategy, FullyShard):
-            shard(self.network, self.trainer.strategy.device_mesh["data_parallel"])
+        strategy = None if self._trainer is None else self._trainer.strategy  # `load_from_checkpoint` has no trainer
+        if isinstance(strategy, FullyShard):
+            shard(self.network, strategy.device_mesh["data_parallel"])

@@ -54,7 +54,7 @@ class Continuation(Callback):
         unfinished = in_mid_epoch(trainer)
         own = {
             "random": _random_state(pl_module.device),
-            "sums": _sums(pl_module) if unfinished else {},
+            "sums": _sums(trainer, pl_module) if unfinished else {},
             "gradients": _gradients(trainer, pl_module),
         }
         checkpoint[KEY] = {
@@ -77,7 +77,7 @@ class Continuation(Callback):
                 _follow(checkpoint["callbacks"].get(callback.state_key), Path(callback.dirpath))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with metrics and log. A training that is resumed when it has ended gets no further than here."""
+        """Go on with the log."""
         self._go_on_with_log(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,10 +87,14 @@ class Continuation(Callback):
                 torch.manual_seed(torch.initial_seed() + trainer.global_rank)
             return
         self._go_on_with_log(trainer)  # of a strategy that reads the checkpoint behind on_fit_start
+        trainer.callback_metrics.update(self._loaded["metrics"])  # forgotten over Lightning's check of the validation
         none = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
         if none or not trainer.enable_validation:  # the best weights would be chosen by what was found before
             for name in [name for name in trainer.callback_metrics if name.startswith("val/")]:
                 del trainer.callback_metrics[name]
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+                    callback.best_model_path = ""
         loaded, self._loaded = self._loaded, {}
         own = _own(loaded["processes"], trainer)
         _reopen_loader(trainer.fit_loop)
@@ -105,17 +109,20 @@ class Continuation(Callback):
             parameter.grad = _sharded_as(parameter, gradient.to(parameter.device))
         _set_random_state(own["random"], pl_module.device)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the metrics of a training that had ended when it was resumed, of which no step is taken."""
+        trainer.callback_metrics.update(self._loaded.get("metrics", {}))
+
     def _go_on_with_log(self, trainer: pl.Trainer) -> None:
-        """Bring back metrics and log, once."""
+        """Bring back the log, once."""
         logs = self._loaded.pop("logs", None)
         if logs is None:
             return
-        trainer.callback_metrics.update(self._loaded["metrics"])
         for logger in trainer.loggers if trainer.is_global_zero else []:
             if isinstance(logger, CSVLogger) and str(logger.name) in logs:
                 version, count = logs[str(logger.name)]
                 file = _file(logger).parents[1] / version / logger.experiment.NAME_METRICS_FILE
-                lines = _lines(file)[:count]
+                lines = [line for line in _lines(file)[:count] if line["step"]]  # the last one may be cut short
                 if len(lines) < count:
                     rank_zero_warn(f"{file} has {len(lines)} lines of the {count} that it had at the checkpoint")
                 for line in lines:
@@ -191,12 +198,21 @@ def _copy(value: Any) -> torch.Tensor:
     return torch.as_tensor(value).detach().cpu().clone()
 
 
-def _sums(pl_module: pl.LightningModule) -> dict[str, dict[str, torch.Tensor]]:
+def _sums(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of every metric that goes on counting.
+
+    In the last hooks of a validation its own have not been reset yet; and behind an epoch's last batch, where they may
+    come, too, nothing of the epoch is still to be counted.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop.batch_progress.is_last_batch:
+        return {}
+    validated = {id(result.value) for result in (loop.val_loop._results or {}).values()}
     metrics = {name: module for name, module in pl_module.named_modules() if isinstance(module, Metric)}
     return {
         name: {key: _copy(value) for key, value in metric.metric_state.items() if isinstance(value, torch.Tensor)}
         for name, metric in metrics.items()
-        if metric.update_called
+        if metric.update_called and id(metric) not in validated
     }
 
 

@@ -38,7 +38,9 @@ class DensityEstimator(Task):
 
     Example:
         >>> from functools import partial
+        >>> import torch
         >>> from revnet.flows import nice
+        >>> from revnet.training import DensityEstimator
         >>> estimator = DensityEstimator(nice((1, 4, 4), hidden=8, layers=1), partial(torch.optim.Adam, lr=1e-3))
         >>> estimator(torch.rand(5, 1, 4, 4), torch.zeros(5)).shape
         torch.Size([5])

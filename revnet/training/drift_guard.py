@@ -45,6 +45,8 @@ class DriftGuard(Callback):
             training starts, the strategy keeps the gradients to itself (DeepSpeed), so no step can be left out.
 
     Example:
+        >>> import pytorch_lightning as pl
+        >>> from revnet.training import DriftGuard
         >>> trainer = pl.Trainer(callbacks=[DriftGuard(fall_back_above=0.1)], logger=False)
     """
 

@@ -22,10 +22,10 @@ class LastCheckpoint(Checkpoint):
     """Save the state of a training as `last.ckpt`, and keep the one before as `previous.ckpt`.
 
     Saved is at the end of every epoch, every so many optimizer steps, and when the training is told to stop by SIGTERM
-    or Ctrl-C: it then ends after the step at hand, or after the validation at hand, in the middle of which a training
-    could not go on. (A second Ctrl-C ends it at once, unsaved.) Of several processes one that is told is enough: they
-    agree at the end of every step and of every validation, so that all of them stop there. A test stops, unsaved,
-    behind the batch at hand.
+    or Ctrl-C (in a job of Slurm by SIGUSR1 as well, which scripts ask for ahead of the time limit): it then ends after
+    the step at hand, or after the validation at hand, in the middle of which a training could not go on. (A second
+    Ctrl-C ends it at once, unsaved.) Of several processes one that is told is enough: they agree at the end of every
+    step and of every validation, so that all of them stop there. A test stops, unsaved, behind the batch at hand.
 
     Args:
         dirpath: directory of the checkpoints.
@@ -129,6 +129,8 @@ class LastCheckpoint(Checkpoint):
         if in_main_thread and signal.getsignal(signal.SIGTERM) != self._on_signal:
             signal.signal(signal.SIGTERM, self._on_signal)
             self._on_ctrl_c = signal.signal(signal.SIGINT, self._on_signal)
+            if "SLURM_JOB_ID" in os.environ and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+                signal.signal(signal.SIGUSR1, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._told = True

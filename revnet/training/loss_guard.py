@@ -26,9 +26,9 @@ class LossGuard(Callback):
     """Raise at a loss that is nan or infinite, and keep what comes of it out of every checkpoint.
 
     The error names the step, the images of the batch (if the data module tells them, see
-    `ImageDataModule.batch_indices`) and the reconstruction errors. On a CPU the loss is looked at before its backward
-    pass, so that the step is not taken. On an accelerator it is copied in the background and looked at when it has
-    arrived, so that no step waits for the device; a checkpoint waits for what is on its way, and is not written if
+    `ImageDataModule.batch_indices`) and the largest reconstruction error. On a CPU the loss is looked at before its
+    backward pass, so that the step is not taken. On an accelerator it is copied in the background and looked at when it
+    has arrived, so that no step waits for the device; a checkpoint waits for what is on its way, and is not written if
     a loss or a weight is not finite.
 
     Raises:

@@ -49,15 +49,14 @@ def spend_memory(
             f"choose one of these, or set model.activations yourself"
         )
     budget = parse_bytes(memory_budget, "memory_budget")
-    beside = f"memory_budget={memory_budget}: accumulated gradients, averaged weights and buckets take {held:,} bytes"
+    beside = f"accumulated gradients, averaged weights and buckets take {held:,} bytes"
     if held >= budget:
-        raise ValueError(f"{beside} already; give more")
+        raise ValueError(f"memory_budget={memory_budget}: {beside} already; give more")
     try:
         found = plan(network, input_shape, budget - held, DTYPES[str(precision)], optimizer)
     except ValueError as error:
-        if not held:
-            raise
-        raise ValueError(f"{beside}, and of what is left {error}") from error
+        of_the_rest = f"{beside}, and of what is left " if held else ""
+        raise ValueError(f"memory_budget={memory_budget}: {of_the_rest}{error}") from error
     set_activations(network, found)
     log.info("memory_budget=%s: %s", memory_budget, found)
 
@@ -68,6 +67,7 @@ def out_of_memory(
     precision: str,
     optimizer: Callable[..., torch.optim.Optimizer] | None,
     memory: int,
+    held: int = 0,
 ) -> str:
     """One line on a step that did not fit: what it takes, what there is and what would fit.
 
@@ -77,9 +77,10 @@ def out_of_memory(
         precision: of the trainer, such as "bf16-mixed".
         optimizer: function from parameters to an optimizer.
         memory: bytes that there are, see `memory_of`.
+        held: bytes that the training holds beside a step, see `spend_memory`.
     """
     batch, *shape = input_shape
-    dtype, budget = DTYPES.get(str(precision)), int(HEADROOM * memory)
+    dtype, budget = DTYPES.get(str(precision)), int(HEADROOM * memory) - held
     line = (
         f"out of memory at a batch of {batch} images of shape {tuple(shape)}: there are {memory / 1e6:,.0f} MB in all"
     )
@@ -88,7 +89,7 @@ def out_of_memory(
         return f"{line}; try a smaller data.batch_size"
     try:
         taken = estimate(network, input_shape, dtype, optimizer).total
-        line += f", and the training step takes {taken / 1e6:,.0f} MB"
+        line += f", and the training takes {(taken + held) / 1e6:,.0f} MB"
         if taken <= budget:
             return f"{line}: something else holds the rest; end it, or try a smaller data.batch_size"
         remedies = [f"data.batch_size={max_batch(network, budget, shape, dtype, optimizer)} or less fits"]
@@ -100,7 +101,7 @@ def out_of_memory(
         pass
     else:
         cost = f"{planned.memory.total / 1e6:,.0f} MB, {planned.seconds_over_store:.2f} times the time of storing"
-        remedies.append(f"memory_budget={budget // 10**6}MB keeps this batch ({cost})")
+        remedies.append(f"memory_budget={(budget + held) // 10**6}MB keeps this batch ({cost})")
     return f"{line}: {', and '.join(remedies)}"
 
 

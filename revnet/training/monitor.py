@@ -35,7 +35,7 @@ class TrainingMonitor(Callback):
         images_per_second: over the whole training, validation excluded; 0 before it.
         seconds_per_epoch: likewise.
         peak_memory_mib: at the end of the training.
-        reconstruction_error: the largest seen, None if nothing reports one.
+        reconstruction_error: the largest at an entry, None if nothing has reported one.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,7 @@ class TrainingMonitor(Callback):
         self._images = self._window_images = self._epochs = 0
         self._paused = 0.0
         self._validated = False
+        self.reconstruction_error = None
         self._start = self._window_start = time.perf_counter()
         self._window_step = trainer.global_step
 
@@ -115,7 +116,8 @@ class TrainingMonitor(Callback):
     def _errors(self, pl_module: pl.LightningModule) -> dict[str, float]:
         network = getattr(pl_module, "network", pl_module)
         errors = _reconstruction_errors(network)
-        self.reconstruction_error = max([*errors.values(), self.reconstruction_error or 0.0]) if errors else None
+        if errors:
+            self.reconstruction_error = max([*errors.values(), self.reconstruction_error or 0.0])
         return errors
 
 

@@ -24,6 +24,8 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
     Example:
         >>> import torch
+        >>> from torch import nn
+        >>> from revnet.training import parameter_groups
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> optimizer = torch.optim.SGD(parameter_groups(network), lr=0.1, weight_decay=2e-4)
         >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]

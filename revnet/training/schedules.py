@@ -39,6 +39,7 @@ def step_decay(
 
     Example:
         >>> import torch
+        >>> from revnet.training import step_decay
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
         >>> step_decay(optimizer, total_steps=80_000).get_last_lr()
         [0.1]

@@ -131,5 +131,5 @@ def _change(
 def _make(what: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return factory(*args, **kwargs)
-    except (TypeError, ValueError) as error:  # torch's own, for a value that it cannot use
+    except (IndexError, TypeError, ValueError) as error:  # torch's own, for a value that it cannot use
         raise ValueError(f"{what}: {error}") from error

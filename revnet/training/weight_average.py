@@ -35,6 +35,7 @@ class WeightAverage(WeightAveraging):
 
     Example:
         >>> from pytorch_lightning import Trainer
+        >>> from revnet.training import WeightAverage
         >>> trainer = Trainer(callbacks=[WeightAverage(decay=0.998, update_every_n_steps=10)], logger=False)
     """
 

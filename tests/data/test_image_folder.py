@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -314,3 +315,24 @@ def test_the_seed_repeats_what_workers_do(tmp_path):
         pl.seed_everything(3, verbose=False)
         batches.append(torch.cat([images for images, _ in data.train_dataloader()]))
     assert torch.equal(*batches)
+
+
+def test_what_was_found_is_logged(tmp_path, caplog):
+    root = fill(tmp_path, count=4)
+    (root / "valid").mkdir()
+    with caplog.at_level("INFO"):
+        ImageFolder(root).setup()
+    passed_over, found = caplog.messages
+    assert re.fullmatch(".*: passed over, for they are none of train, val and test: valid", passed_over)
+    assert re.fullmatch(r".*: images of 2 classes \(blue, red\): 8 in train, 8 in test", found)
+
+
+def test_other_classes_than_those_of_a_checkpoint_are_refused(tmp_path):
+    data = ImageFolder(fill(tmp_path, count=4))
+    data.setup()
+    state = data.state_dict()
+    data.load_state_dict(state)
+    for names, first in (["cat", "red"], "cat"), (["blue", "red", "sea"], "sea"):
+        with pytest.raises(ValueError, match=f"trained on classes of which one is {first}, and these data have "):
+            data.load_state_dict({**state, "class_names": names})
+    data.load_state_dict({**state, "class_names": None})  # of data that do not say what their labels mean

@@ -176,6 +176,19 @@ def test_training_is_shuffled_by_the_global_seed_and_drops_the_rest():
     assert not torch.equal(orders[0], orders[2])
 
 
+def test_every_pass_is_another_epoch_where_no_trainer_counts_them():
+    torch.manual_seed(0)
+    data = Fake(image_shape=(1, 2, 2), batch_size=100, train_size=200, val_fraction=0)
+    data.setup()
+    loader = data.train_dataloader()
+    passes = [torch.cat([images for images, _ in loader]) for _ in range(3)]
+    loader.sampler.set_epoch(0)
+    again = torch.cat([images for images, _ in loader])
+    assert torch.equal(again, passes[0])
+    assert not any(torch.equal(passes[one], passes[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    assert not torch.equal(next(iter(loader))[0], next(iter(loader))[0])
+
+
 def test_images_in_memory_need_no_worker_but_can_have_some():
     data = Fake(image_shape=(3, 4, 4))
     data.setup()

@@ -62,9 +62,17 @@ def test_stages_have_the_shapes_of_the_resnets(name, size):
         network, resnet = get_model(name).eval(), twin(name).eval()
         assert shapes_of_stages(network, size) == shapes_of_stages(resnet, size)
     assert network.inplanes == resnet.inplanes
-    # In torchvision's order, on which its IntermediateLayerGetter relies; the tail's normalisation comes besides.
-    children = [name for name, _ in network.named_children() if name != "norm"]
+    # In torchvision's order, on which its IntermediateLayerGetter relies; the tail's BN-ReLU comes besides.
+    children = [name for name, _ in network.named_children() if name not in ("norm", "act")]
     assert children == [name for name, _ in resnet.named_children()]
+
+
+def test_children_in_their_order_are_the_features_of_the_network():
+    torch.manual_seed(0)
+    network = revnet18(num_classes=3).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    features = nn.Sequential(*list(network.children())[:-1])
+    assert network.fc(features(x).flatten(1)).equal(network(x))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The paper's networks, to the last parameter."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -106,3 +108,13 @@ def test_constants_of_normalisation_and_initialisation():
     assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
     assert all(m.bias is None for m in network.modules() if isinstance(m, nn.Conv2d))
     assert network.fc.bias is not None
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_norm_layer_is_that_of_the_whole_network(name):
+    with torch.device("meta"):
+        network = get_model(name, norm_layer=partial(nn.GroupNorm, 8))
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+        assert any(isinstance(module, nn.GroupNorm) for module in network.layer1.modules())
+    with pytest.raises(TypeError, match="norm_layer=3 is no function"):
+        get_model(name, norm_layer=3)

@@ -183,6 +183,32 @@ def test_errors_on_a_device_are_judged_without_waiting_for_it():
         net(x.requires_grad_())
 
 
+class OnItsWay:
+    """An event of a device."""
+
+    def __init__(self, arrived):
+        self.arrived, self.waited_for = arrived, False
+
+    def query(self):
+        return self.arrived
+
+    def synchronize(self):
+        self.waited_for = True
+
+
+def test_all_errors_of_a_step_may_be_on_their_way_until_the_next_forward_pass_but_one():
+    """As many as there are chunks."""
+    watch = Watch()
+    watch.judge_arrived()
+    events = [OnItsWay(arrived) for arrived in (True, False, False)]
+    for event in events:  # as `see` leaves them where there is a device
+        watch._pending.append((watch._passes, torch.zeros(()), event, 1e-3, False))
+    watch.judge_arrived()
+    assert [event.waited_for for event in events] == [True, False, False]
+    watch.judge_arrived()
+    assert [event.waited_for for event in events] == [True, True, True]
+
+
 @EXACT
 def test_a_state_of_zeros_is_no_drift(exact):
     net = ReversibleSequence(blocks(4, 4, curved, torch.float32), exact=exact)

@@ -159,3 +159,20 @@ def test_a_bad_value_of_a_factory_is_a_value_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit(Classifier(tiny_network(), optimizer, scheduler))
+
+
+def test_lightning_loads_a_checkpoint_by_itself(fit: Fit, tmp_path: Path) -> None:
+    trainer = fit(Classifier(tiny_network(), SGD))
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    trained = trainer.lightning_module
+    again = Classifier.load_from_checkpoint(tmp_path / "some.ckpt", network=tiny_network(), weights_only=True)
+    assert all(value.equal(trained.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_predictions_are_logits_in_the_order_of_the_images(fit: Fit) -> None:
+    classifier = Classifier(tiny_network(), SGD, test_time_flip=True)
+    trainer = fit(classifier)
+    images = torch.cat([images for images, _ in tiny_batches(3)])
+    found = trainer.predict(classifier, tiny_batches(3))
+    with torch.no_grad():
+        assert torch.cat(found).equal((classifier.eval()(images) + classifier(images.flip(-1))) / 2)

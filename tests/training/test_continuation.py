@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from revnet.training import Classifier, Continuation
 from tests.training.tiny import tiny_network
@@ -54,15 +55,23 @@ def test_random_numbers_and_sums_go_on(save_at: int, fit: Callable[..., pl.Train
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 @pytest.mark.parametrize("validate", [True, False])
 def test_what_was_validated_before_is_no_finding_of_a_training_without_validation(
     validate: bool, fit: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:
     module = partial(Classifier, tiny_network(), partial(torch.optim.SGD, lr=0.1))
-    first = fit(module(), callbacks=[Continuation()], max_epochs=1)
+
+    def best() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, "best", monitor="val/loss", enable_version_counter=False)
+
+    first = fit(module(), callbacks=[Continuation(), best()], max_epochs=1, enable_checkpointing=True)
     assert "val/accuracy" in first.callback_metrics
     first.save_checkpoint(tmp_path / "some.ckpt")
-    again = fit(module(), callbacks=[Continuation()], ckpt=tmp_path / "some.ckpt", validate=validate)
+    settings = {"ckpt": tmp_path / "some.ckpt", "validate": validate, "enable_checkpointing": True}
+    again = fit(module(), callbacks=[Continuation(), best()], **settings)
+    assert bool(again.checkpoint_callback.best_model_path) == validate  # else an earlier best one would be tested
     assert ("val/accuracy" in again.callback_metrics) == validate
     assert "train/accuracy" in again.callback_metrics
 

@@ -48,11 +48,16 @@ def test_what_did_not_fit_is_told_with_what_would() -> None:
     network = revnet38(activations="store")
     line = out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 12_000_000)
     assert re.match(r"out of memory at a batch of 32 images of shape \(3, 8, 8\): there are 12 MB in all, and ", line)
-    found = re.search(r"step takes (\d+) MB: data.batch_size=(\d+) or less fits, and memory_budget=10MB keeps", line)
+    found = re.search(
+        r"training takes (\d+) MB: data.batch_size=(\d+) or less fits, and memory_budget=10MB keeps", line
+    )
     assert found is not None, line
     assert int(found[1]) > 10
     batch = int(found[2])
     least, more = (estimate(network, (b, 3, 8, 8), None, SGD).total for b in (batch, batch + 1))
     assert least <= 10_800_000 < more
+    beside = out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 14_000_000, held=2_000_000)
+    assert f"training takes {int(found[1]) + 2} MB: data.batch_size={batch} or less" in beside
+    assert "memory_budget=12MB keeps" in beside
     assert "something else holds the rest" in out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 10**9)
     assert "a batch of 1 takes" in out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 1000)
