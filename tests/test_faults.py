@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import OmegaConf, read_write
 from torch import Tensor, nn
 
 from revnet import train as train_module
+from revnet.cli import compose
 from revnet.training import Classifier, DensityEstimator
 from tests.commands import invoke
 from tests.test_train import rows
@@ -366,6 +367,9 @@ def test_a_training_that_was_refused_leaves_its_directory_to_the_next(tmp_path: 
     assert train(tmp_path / "run", *TRAINING, "trainer.max_steps=1") == 0
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_a_job_of_a_sweep_that_is_started_again_goes_on(
     undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -374,11 +378,10 @@ def test_a_job_of_a_sweep_that_is_started_again_goes_on(
     stopped(tmp_path / "run", capsys)
     cfg = OmegaConf.load(tmp_path / "run/.hydra/config.yaml")
     cfg.callbacks.fault = None
-    hydra = OmegaConf.load(tmp_path / "run/.hydra/hydra.yaml").hydra
-    hydra.mode, hydra.runtime.output_dir = "MULTIRUN", str(tmp_path / "run")
-    HydraConfig.instance().set_config(
-        OmegaConf.create({"hydra": OmegaConf.merge(OmegaConf.structured(HydraConf), hydra)})
-    )
+    compose("train")
+    hydra = HydraConfig.instance().cfg.hydra
+    with read_write(hydra):
+        hydra.mode, hydra.runtime.output_dir = RunMode.MULTIRUN, str(tmp_path / "run")
     inspect.unwrap(train_module.main)(cfg)
     assert differences(expected, outcome(tmp_path / "run")) == []
 

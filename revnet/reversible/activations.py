@@ -63,6 +63,13 @@ def resolved(layers: Sequence[nn.Module], activations: Activations) -> tuple[str
 def _under_recompute(before: nn.Module | None, layer: nn.Module) -> str:
     if isinstance(layer, Rearrangement):
         return "store"
-    if isinstance(layer, AdditiveCoupling) and before is not None and not is_invertible(before):
+    if before is not None and not is_invertible(before) and _is_plain(layer):
         return "reconstruct"
     return "recompute"
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is an additive coupling and nothing besides."""
+    return type(layer) is AdditiveCoupling and not (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )

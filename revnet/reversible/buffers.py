@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from types import CodeType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from revnet.reversible.names import names_in
 
 __all__ = [
     "STATISTICS",
@@ -27,12 +28,11 @@ Buffer = tuple[nn.Module, str, Tensor | None, Tensor | None, int]
 Changed = tuple[tuple[nn.Module, str, Tensor | None], ...]
 Unchanged = tuple[tuple[nn.Module, str, Tensor | None, int], ...]
 
-SMALL = 1024  # elements of a buffer
+SMALL = 2**16  # elements of a buffer
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Batch normalisations whose own `forward` was seen to run; of others a branch may use the statistics itself."""
-_names_statistics: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def only_writes(module: nn.Module) -> bool:
@@ -42,21 +42,12 @@ def only_writes(module: nn.Module) -> bool:
     return module in _called or type(module).forward is _InstanceNorm.forward
 
 
-def names_statistics(kind: type[nn.Module]) -> bool:
+def names_statistics(module: nn.Module) -> bool:
     """Whether the code of a module names running statistics, and so may read those of a normalisation that it holds.
 
     So do modules that fold a normalisation into a convolution to train with quantised weights.
     """
-    found = _names_statistics.get(kind)
-    if found is None:
-        own = (base for base in kind.__mro__ if not base.__module__.startswith(("torch.nn.modules.", "builtins")))
-        members = (getattr(member, "__func__", member) for base in own for member in vars(base).values())
-        codes = [member.__code__ for member in members if hasattr(member, "__code__")]
-        for code in codes:
-            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        found = any(not {*STATISTICS}.isdisjoint((*code.co_names, *code.co_consts)) for code in codes)
-        _names_statistics[kind] = found
-    return found
+    return not names_in(module).isdisjoint(STATISTICS)
 
 
 def _was_called(module: nn.Module, name: str, buffer: Tensor | None, version: int) -> bool:
@@ -73,32 +64,37 @@ def copy_buffers(owners: Iterable[nn.Module], reads_statistics: bool) -> list[Bu
     version), so nothing needs to be kept for it. A buffer that requires grad is a parameter to the engine.
     """
     found: list[Buffer] = []
+    copies: dict[int, Tensor] = {}  # a buffer in several places has one
     for owner in owners:
-        if reads_statistics or not only_writes(owner):
-            for name, value in owner._buffers.items():
-                if value is None:
-                    found.append((owner, name, None, None, 0))
-                elif not value.requires_grad:
-                    found.append((owner, name, value, value.clone(), version_of(value)))
+        left_out = STATISTICS if not reads_statistics and only_writes(owner) else ()
+        for name, value in owner._buffers.items():
+            if value is None:
+                found.append((owner, name, None, None, 0))
+            elif not value.requires_grad and name not in left_out:
+                if id(value) not in copies:
+                    copies[id(value)] = value.clone()
+                found.append((owner, name, value, copies[id(value)], version_of(value)))
     return found
 
 
 def sort_out(buffers: list[Buffer], reads_statistics: bool) -> tuple[Changed, Unchanged]:
     """After the evaluation: copies of those that a second one needs as they were; the others, with their versions."""
     _called.update(owner for owner, name, value, _, version in buffers if _was_called(owner, name, value, version))
-    buffers = [buffer for buffer in buffers if reads_statistics or not only_writes(buffer[0])]
-    changed = tuple(
-        (owner, name, copy)
+    if not reads_statistics:
+        buffers = [buffer for buffer in buffers if buffer[1] not in STATISTICS or not only_writes(buffer[0])]
+    written = {
+        id(value)  # in every place that holds it
         for owner, name, value, copy, version in buffers
         # In evaluation mode the statistics are read, and a later step in training mode may change them.
-        if owner._buffers[name] is not value
-        or version_of(value) != version
-        or isinstance(owner, _NormBase)
-        or _may_differ(copy, value)
-    )
-    kept = {(id(owner), name) for owner, name, _ in changed}
-    unchanged = tuple((o, n, value, v) for o, n, value, _, v in buffers if (id(o), n) not in kept)
-    return changed, unchanged
+        if version_of(value) != version or isinstance(owner, _NormBase) or _may_differ(copy, value)
+    }
+    changed, unchanged = [], []
+    for owner, name, value, copy, version in buffers:
+        if owner._buffers[name] is not value or (value is not None and id(value) in written):
+            changed.append((owner, name, copy))
+        else:
+            unchanged.append((owner, name, value, version))
+    return tuple(changed), tuple(unchanged)
 
 
 def _may_differ(copy: Tensor | None, value: Tensor | None) -> bool:

@@ -27,6 +27,7 @@ from revnet.reversible.buffers import (
 )
 from revnet.reversible.drift import Sample
 from revnet.reversible.layer import State, as_state
+from revnet.reversible.names import MATRIX_PRODUCT, names_in
 
 __all__ = [
     "Evaluation",
@@ -46,6 +47,7 @@ _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
 )
+_DEPENDS_ON_GRAD_MODE = {MATRIX_PRODUCT, "linear", "matmul", "scaled_dot_product_attention"}
 _inspected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Branches that were seen to leave their input alone under inference_mode."""
 
@@ -184,7 +186,7 @@ class Evaluation:
             # Of a buffer that something else replaced since, or functional_call for its duration, the one of that time.
             earlier = {(id(owner), name): value for owner, name, value, _ in self.unchanged}
             earlier |= {(id(owner), name): value for owner, name, value in self.buffers}
-            copies: dict[int, Tensor] = {}  # a buffer in several places stays one
+            copies: dict[int, Tensor] = {}  # a buffer that was in several places stays one
             for owner in self.owners:
                 # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
                 # them; it then saves fewer tensors than in a first evaluation with a graph, and compiled code would be
@@ -203,9 +205,9 @@ class Evaluation:
                     if value is then is None or id(value) in replaced:
                         continue
                     restore.append((owner._buffers, name, value))
-                    if then is not None and id(value) not in copies:
-                        copies[id(value)] = then.clone()
-                    owner._buffers[name] = None if then is None else copies[id(value)]
+                    if then is not None and id(then) not in copies:
+                        copies[id(then)] = then.clone()
+                    owner._buffers[name] = None if then is None else copies[id(then)]
             yield aliases
         finally:
             for table, name, value in reversed(restore):
@@ -266,39 +268,39 @@ def observe(
     owners = tuple([m for m in modules if m._parameters or m._buffers])
     try:
         random = _random_states(device)
-        reads_statistics = any(names_statistics(type(m)) for m in modules)
+        reads_statistics = any(map(names_statistics, modules))
         buffers = copy_buffers(owners, reads_statistics)
         has_graph = torch.is_grad_enabled()
-        with_graph = has_graph or any(map(_depends_on_grad_mode, modules))
+        with_graph = has_graph or any(_depends_on_grad_mode(m, state[0].ndim) for m in modules)
         versions = [version_of(x) for x in state]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
-            begins(Evaluation(owners, modes, _slots(owners), copies, (), random, device, with_graph, reads_statistics))
+            begins(Evaluation(owners, modes, _places(owners), copies, (), random, device, with_graph, reads_statistics))
         result = _as_second(compute, state) if with_graph and not has_graph else compute(*state)
     finally:
         _local.tape = tape
     if [version_of(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
     changed, unchanged = sort_out(buffers, reads_statistics)
-    slots = _slots(owners)
-    return result, Evaluation(owners, modes, slots, changed, unchanged, random, device, with_graph, reads_statistics)
+    places = _places(owners)
+    return result, Evaluation(owners, modes, places, changed, unchanged, random, device, with_graph, reads_statistics)
 
 
-def _slots(owners: Iterable[nn.Module]) -> tuple[ParameterPlace, ...]:
+def _places(owners: Iterable[nn.Module]) -> tuple[ParameterPlace, ...]:
     return tuple([(m, n, p, p.requires_grad) for m in owners for n, p in parameters_of(m)])
 
 
-def _depends_on_grad_mode(module: nn.Module) -> bool:
-    """Whether a module may compute other last bits where it need give no gradients.
+def _depends_on_grad_mode(module: nn.Module, ndim: int) -> bool:
+    """Whether a module may compute other last bits on states of `ndim` dimensions where it need give no gradients.
 
-    Compiled code does (by `module.compile()` or `torch.compile(module)`), torch's LSTM on a CPU, and its transformer
-    layers in eval mode.
+    Compiled code does (by `module.compile()` or `torch.compile(module)`), torch's LSTM on a CPU, its attention, and
+    products with a matrix, which torch folds into one or not where there are more than two dimensions.
     """
-    if isinstance(module, nn.LSTM):
+    if isinstance(module, nn.LSTM | nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return True
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         return True
-    return not module.training and isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+    return ndim > 2 and (isinstance(module, nn.Linear) or not _DEPENDS_ON_GRAD_MODE.isdisjoint(names_in(module)))
 
 
 def _as_second(compute: Callable[..., T], state: State) -> T:

@@ -76,7 +76,7 @@ class _ReversibleFunction(torch.autograd.Function):
             if ctx.sample is None and not moves_only:
                 ctx.begins, ctx.sample = index, Sample(state, job.run.exact)
             if moves_only:
-                (state, log_det), evaluations = apply_layer(layer, state, context, log_det), []
+                (state, log_det), evaluations = apply_layer(layer, state, context, log_det, job.run.exact), []
             elif isinstance(layer, Coupling):
                 _check_hooks(layer)
                 with recording(job.run.tolerance is not None) as evaluations, _unchanged_by_hooks(layer, state):
@@ -89,7 +89,7 @@ class _ReversibleFunction(torch.autograd.Function):
                 state = tuple(x.detach() for x in state)  # from a graph that the layer may have built on its own
                 evaluations = [evaluation]
             ctx.evaluations.append(evaluations)
-        job.context.check_unchanged(context_tensors, context_versions)
+        job.context.check_unchanged(context, context_tensors, context_versions)
         ctx.job = job
         # After the pass, because it may write to parameters (an embedding with max_norm does).
         ctx.versions = [(p, p._version) for p in job.parameters]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from revnet.reversible.autocast import is_autocast_on
-from revnet.reversible.grid import check_dtype, to_grid
+from revnet.reversible.grid import check_dtype, is_transformed, to_grid
+from revnet.reversible.halves import Rearrangement
 
 __all__ = [
     "State",
@@ -104,7 +105,17 @@ def apply_layer(
     state = as_stream(as_state(output, layer))
     if exact and not is_invertible(layer):
         state = on_grid(state)
+    elif exact and isinstance(layer, Rearrangement):
+        state = tuple(map(_dense, state))  # as it will be when it has been reconstructed: kernels differ in last bits
     return state, log_det if term is None or log_det is None else log_det + term
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The tensor without gaps between its elements, and each of them once."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return x
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x if span == x.numel() or not x.numel() else x.clone()
 
 
 def invert_layer(layer: nn.Module, state: State, context: Any = None) -> State:

@@ -36,17 +36,18 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
 
     def evaluate(log_det: Tensor | None, *tensors: Tensor) -> tuple[State, Tensor | None] | None:
         nonlocal first
-        state, context = tensors[: len(tensors) - structure.count], tensors[len(tensors) - structure.count :]
+        state, context_tensors = tensors[: len(tensors) - structure.count], tensors[len(tensors) - structure.count :]
+        context = structure.rebuild(context_tensors)
 
         def apply(*state: Tensor) -> tuple[State, Tensor | None]:
             entered = on_grid(state) if run.enters_grid else state
-            return apply_layer(layer, entered, structure.rebuild(context), log_det, run.exact)
+            return apply_layer(layer, entered, context, log_det, run.exact)
 
         if first is None:
-            before = [c._version for c in context]
+            before = [c._version for c in context_tensors]
             try:
                 result, first = observe(layer, state, apply, begins)
-                structure.check_unchanged(context, before)
+                structure.check_unchanged(context, context_tensors, before)
             except BaseException as failure:
                 failures.append(failure)  # raised below: torch 2.11 keeps its hooks in place where this raises
                 return None

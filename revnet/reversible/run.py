@@ -94,16 +94,28 @@ class ContextStructure:
 
     @staticmethod
     def tensors(context: Any) -> list[Tensor]:
-        return [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
+        return [leaf.clone() if leaf.is_inference() else leaf for leaf in leaves]  # autograd keeps none of those
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         rest = iter(tensors)
         leaves = [next(rest) if constant is _TENSOR else constant for constant in self.constants]
         return pytree.tree_unflatten(leaves, self.spec)
 
-    @staticmethod
-    def check_unchanged(tensors: Sequence[Tensor], versions: list[int]) -> None:
-        """ValueError if a branch wrote to one of the tensors, whose versions were these before."""
+    def check_unchanged(self, context: Any, tensors: Sequence[Tensor], versions: list[int]) -> None:
+        """ValueError if a branch wrote to one of the tensors, whose versions were these before, or to what holds them.
+
+        Args:
+            context: what the branches were given, from `rebuild(tensors)`.
+        """
+        leaves, spec = pytree.tree_flatten(context)
+        rest = iter(tensors)
+        given = [next(rest) if constant is _TENSOR else constant for constant in self.constants]
+        if spec != self.spec or any(leaf is not other for leaf, other in zip(leaves, given, strict=True)):
+            raise ValueError(
+                "a branch puts something into the context or takes something out, of which nobody else would know: the "
+                'lists and dicts that it sees are copies where activations are not stored; give its layer "store"'
+            )
         if [tensor._version for tensor in tensors] != versions:
             raise ValueError(
                 "a branch changes the context in place, which every other branch still reads; let it make a new tensor"

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from revnet.reversible.activations import Activations, checked, resolved
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Coupling
+from revnet.reversible.evaluation import modules_in, parameters_of
 from revnet.reversible.function import reconstructed
 from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Rearrangement
@@ -121,7 +122,10 @@ class ReversibleSequence(nn.Sequential):
 
     @property
     def reconstruction_error(self) -> Tensor | None:
-        return torch.stack(list(self._errors.values())).amax() if self._errors else None
+        if not self._errors:
+            return None
+        first, *others = self._errors.values()
+        return torch.stack([first, *(other.to(first.device) for other in others)]).amax()
 
     @property
     def has_inverse(self) -> bool:
@@ -308,7 +312,9 @@ class ReversibleSequence(nn.Sequential):
             self.watch.judge_arrived()
             if not any(x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)):
                 # Frozen layers ahead of the first trainable one have no backward pass, so nothing is kept for them.
-                trainable = (any(p.requires_grad for p in layer.parameters()) for layer in self)
+                trainable = (
+                    any(p.requires_grad for m in modules_in(layer) for _, p in parameters_of(m)) for layer in self
+                )
                 frozen = next((index for index, found in enumerate(trainable) if found), len(plan))
                 plan[:frozen] = ["store"] * frozen
         for value, pairs in groupby(zip(plan, self, strict=True), key=itemgetter(0)):

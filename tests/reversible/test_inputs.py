@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import ReversibleSequence
+from revnet import ReversibleBlock, ReversibleSequence
 from revnet.profiling import MemoryTimeline
 from tests.reversible.networks import EVERY, EXACT, MODES, blocks, same, sequence, step
 
@@ -216,3 +216,43 @@ def test_an_output_that_no_loss_uses_gives_no_gradient(activations, exact, x):
     assert other.requires_grad
     assert torch.equal(x.grad, torch.full_like(x, 2))
     assert all(p.grad is None for p in net.parameters())
+
+
+@MODES
+def test_a_context_from_inference_mode_gives_the_gradients_of_store(activations, exact):
+    """As features of a frozen encoder."""
+
+    class Joined(nn.Linear):
+        def forward(self, x, context):
+            return super().forward(torch.cat((x, context), 1))
+
+    with torch.inference_mode():
+        context = torch.randn(4, 3, dtype=torch.float64)
+    found, halves = [], torch.randn(2, 4, 3, dtype=torch.float64)
+    for value in (activations, "store"):
+        torch.manual_seed(0)
+        branches = (Joined(6, 3, dtype=torch.float64) for _ in range(2))
+        net = ReversibleSequence([ReversibleBlock(*branches)], value, exact)
+        sum(y.square().sum() for y in net(*halves, context=context)).backward()
+        found.append([p.grad for p in net.parameters()])
+    assert same(*found, exact)
+
+
+@MODES
+def test_buffers_that_require_grad_make_a_layer_trainable(activations, exact):
+    """As weights that a hypernetwork has made: nothing ahead of them is kept, they are reconstructed."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.rand(8, 1, 1, dtype=torch.float64, requires_grad=True))
+
+        def forward(self, x):
+            return x.tanh() * self.scale
+
+    net = ReversibleSequence([ReversibleBlock(Scaled(), Scaled()) for _ in range(3)], activations, exact)
+    y1, y2 = net(*torch.randn(2, 3, 8, 4, 4, dtype=torch.float64))
+    names = {type(y1.grad_fn).__name__, type(y2.grad_fn).__name__}
+    assert names == {"_ReversibleFunctionBackward"} or activations == "recompute"
+    (y1 * y2).sum().backward()
+    assert all(buffer.grad is not None for buffer in net.buffers())

@@ -396,6 +396,24 @@ def test_a_branch_that_changes_the_context_in_place(activations, exact, halves):
         net(*halves.requires_grad_(), context={"count": torch.zeros(())})
 
 
+@MODES
+@pytest.mark.parametrize("change", ["append", "replace"])
+def test_a_branch_that_leaves_something_in_the_context(activations, exact, change, halves):
+    """Which somebody waits for, such as the auxiliary losses of a mixture of experts."""
+
+    class Leaves(nn.Module):
+        def forward(self, x, context):
+            if change == "append":
+                context["losses"].append(x.square().mean())
+            else:
+                context["scale"] = context["scale"] * 2
+            return x * context["scale"]
+
+    net = ReversibleSequence([ReversibleBlock(Leaves(), Leaves())], activations, exact)
+    with pytest.raises(ValueError, match=r"a branch puts something into the context .*; give its layer \"store\""):
+        net(*halves.requires_grad_(), context={"losses": [], "scale": torch.ones(())})
+
+
 def test_a_tensor_hidden_in_a_shift_that_the_first_loss_did_not_use(halves):
     class Shift(nn.Module):
         def __init__(self):

@@ -55,6 +55,22 @@ def test_the_coupling_behind_a_transition_is_undone_where_blocks_are_recomputed(
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+class Louder(AdditiveCoupling):
+    def forward(self, *state, context=None):
+        return tuple(2 * x for x in super().forward(*state, context=context))
+
+
+def test_a_coupling_with_something_of_its_own_behind_a_transition_is_recomputed():
+    hooked = AdditiveCoupling(basic(4).double(), swap=True)
+    hooked.register_full_backward_hook(lambda module, inputs, outputs: None)
+    for layer in (Louder(basic(4).double(), swap=True), hooked):
+        net = ReversibleSequence([Split(), Transition(4).double(), layer], "recompute", exact=False)
+        assert net.plan() == ("store", "recompute", "recompute")
+        y1, y2 = net(torch.randn(2, 8, 6, 6, dtype=torch.float64))
+        (y1 * y2).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+
+
 def test_a_plan_is_kept_as_it_is_given():
     plan = ("reconstruct", "store", "recompute", "recompute", "reconstruct", "store", "reconstruct")
     net = ReversibleSequence(with_transition(), list(plan))

@@ -110,3 +110,33 @@ def test_hooks_see_activations_and_never_gradients(exact, inverted):
     assert torch.equal(x.grad, expected)
     # Inverted, the layer's `inverse` runs in the forward pass, which sets off no hooks.
     assert (seen.count(False), seen.count("gradient")) == ((0, 0) if inverted else (2, 1))
+
+
+class StridedHalves(Rearrangement):
+    """Hands out views with gaps, on which normalisation takes another kernel."""
+
+    def forward(self, x, context=None):
+        return x.chunk(2, 1)
+
+    def inverse(self, x1, x2, context=None):
+        return torch.cat((x1, x2), 1)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_halves_with_gaps_are_made_dense_in_exact_mode(fixed, memory_format):
+    def branch():
+        return nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+    found, x = [], torch.randn(8, 8, 9, 9).contiguous(memory_format=memory_format)
+    for activations in ("store", "reconstruct"):
+        torch.manual_seed(0)
+        halves = StridedHalves()
+        halves.fixed = fixed
+        net = ReversibleSequence(
+            [halves, *(ReversibleBlock(branch(), branch()) for _ in range(3)), Merge()], activations
+        )
+        net(x).square().mean().backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(map(torch.equal, *found))
+    assert net.reconstruction_error == 0

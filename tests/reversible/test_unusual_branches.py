@@ -594,6 +594,40 @@ class FoldedNorm(nn.Module):
         return self.norm(F.linear(x, (self.linear.weight * scale[:, None]).tanh()) / scale)
 
 
+def fold(norm):
+    return norm.weight / (norm.running_var + norm.eps).sqrt()
+
+
+class FoldedByAFunction(FoldedNorm):
+    def forward(self, x):
+        scale = fold(self.norm)
+        return self.norm(F.linear(x, (self.linear.weight * scale[:, None]).tanh()) / scale)
+
+
+class FoldedByADecoratedProperty(FoldedNorm):
+    @property
+    @torch.no_grad()
+    def scale(self):
+        return (self.norm.running_var + self.norm.eps).rsqrt()
+
+    def forward(self, x):
+        return self.norm(self.linear(x) * self.scale)
+
+
+class Gain(nn.BatchNorm1d):
+    """A normalisation with a buffer of its own, which a hook reads and changes."""
+
+    def __init__(self):
+        super().__init__(C, dtype=torch.float64)
+        self.register_buffer("gain", torch.ones(C, dtype=torch.float64))
+        self.register_forward_hook(Gain.apply_gain)
+
+    def apply_gain(self, inputs, output):
+        result = output * self.gain.clone()
+        self.gain.mul_(1.5)
+        return result
+
+
 class UncountedStatistics(nn.Module):
     """Statistics in buffers, which `F.batch_norm` writes without autograd's counting it, and which are read."""
 
@@ -611,7 +645,9 @@ class UncountedStatistics(nn.Module):
 
 @EVERY
 @EXACT
-@pytest.mark.parametrize("branch", [FoldedNorm, UncountedStatistics])
+@pytest.mark.parametrize(
+    "branch", [FoldedNorm, FoldedByAFunction, FoldedByADecoratedProperty, Gain, UncountedStatistics]
+)
 def test_statistics_are_read_as_they_were_in_the_first_evaluation(branch, activations, exact):
     networks = [blocks_of(branch, value, exact) for value in (activations, "store")]
     for step in range(3):
@@ -685,3 +721,87 @@ def test_cached_parametrisations_elsewhere_leave_a_sequence_as_it_is():
     with nn.utils.parametrize.cached():
         outputs = network(*inputs)
     assert "_ReversibleFunction" in type(outputs[0].grad_fn).__name__
+
+
+class Film(nn.Module):
+    """Modulated by buffers that are there for the forward pass alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("shift", None)
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        return self.inner(x).tanh() * self.scale + self.shift
+
+
+@EVERY
+@EXACT
+@pytest.mark.parametrize("later", [None, torch.zeros(C, dtype=torch.float64)], ids=["none", "one for all"])
+def test_buffers_that_become_one_and_the_same_between_the_passes_are_read_as_they_were(activations, exact, later):
+    inputs, found = halves(), []
+    for value in (activations, "store"):
+        network = blocks_of(Film, value, exact)
+        films = [module for module in network.modules() if isinstance(module, Film)]
+        for number, film in enumerate(films):
+            film.shift = torch.full((C,), 0.1 * number, dtype=torch.float64)
+            film.scale = torch.full((C,), 0.5 + number, dtype=torch.float64)
+        total = loss(network(*(x.detach() for x in inputs)))
+        for film in films:
+            film.shift = film.scale = later
+        total.backward()
+        found.append([p.grad for p in network.parameters()])
+        assert all(film.shift is film.scale is later for film in films)
+    assert same(*found, exact)
+
+
+@EVERY
+@EXACT
+def test_a_buffer_in_two_places_stays_one_in_the_second_evaluation(activations, exact):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = linear(), nn.Module()
+            self.register_buffer("count", torch.ones(C, dtype=torch.float64))
+            self.other.register_buffer("count", self.count)
+
+        def forward(self, x):
+            self.count.add_(1)
+            return self.inner(x).tanh() / self.other.count.clone()
+
+    assert_as_store(Shared, activations, exact)
+
+
+class BiasedAttention(nn.Module):
+    """With a learned bias, for which torch takes another kernel where it needs no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.bias = nn.LayerNorm(16), nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x):
+        x = self.norm(x).unflatten(-1, (2, 8)).transpose(-2, -3)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=self.bias).transpose(-2, -3).flatten(-2)
+
+
+class MixedTokens(nn.Module):
+    """Products with strided tensors, which torch folds into one or not, depending on whether it needs a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.weight = nn.Linear(32, 32), nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, x):
+        return (self.linear(x.transpose(1, 2)) @ self.weight).transpose(1, 2).tanh()
+
+
+@pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
+@pytest.mark.parametrize("branch", [BiasedAttention, MixedTokens])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_and_attention_take_the_same_kernels_in_both_evaluations(branch, activations, device):
+    inputs, found = torch.randn(2, 4, 32, 16, device=device), []
+    for value in (activations, "store"):
+        network = blocks_of(branch, value, exact=True, count=4).to(device)
+        found.append(gradients(network, [x.clone().requires_grad_() for x in inputs]))
+    assert all(map(torch.equal, *found))
