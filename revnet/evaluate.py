@@ -79,15 +79,9 @@ def offer_checkpoint(overrides: list[str]) -> None:
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:
-    from revnet.training import read_checkpoint
+    from revnet.training import configuration, read_checkpoint
 
-    checkpoint = read_checkpoint(path)
-    if "config" not in checkpoint:
-        raise ValueError(
-            f"ckpt_path={path} does not say how its network and data were made: it has no 'config'; give one that "
-            f"revnet-train wrote, or weights=FILE data=..."
-        )
-    return checkpoint["config"]
+    return configuration(read_checkpoint(path), path)
 
 
 def _of_weights(path: str) -> dict[str, Any]:
@@ -195,13 +189,13 @@ class Predictor(nn.Module):
 
     def __init__(self, ckpt_path: str | PathLike[str]) -> None:
         from revnet.data import Normalize
-        from revnet.training import load_weights, read_checkpoint
+        from revnet.training import configuration, load_weights, read_checkpoint
 
         super().__init__()
         checkpoint = read_checkpoint(ckpt_path)
-        config, state = checkpoint.get("config"), _of_data(checkpoint)
-        if config is None or state is None:
-            raise ValueError(f"ckpt_path={ckpt_path} does not say how its network and data were made; train it anew")
+        config, state = configuration(checkpoint, ckpt_path), _of_data(checkpoint)
+        if state is None:
+            raise ValueError(f"ckpt_path={ckpt_path} does not say how its images were normalised: train it anew")
         network = instantiate(config["model"], _convert_="all")
         if hasattr(network, "log_prob"):
             raise ValueError(f"ckpt_path={ckpt_path} is of a flow, which has no logits: see revnet-sample")

@@ -31,7 +31,7 @@ def sample(cfg: DictConfig) -> Tensor:
     """
     from torchvision.utils import save_image
 
-    from revnet.training import DensityEstimator, load_weights, read_checkpoint
+    from revnet.training import DensityEstimator, configuration, load_weights, read_checkpoint
 
     if OmegaConf.is_missing(cfg, "ckpt_path"):
         raise ValueError("ckpt_path is missing: revnet-sample ckpt_path=runs/NAME/DATE/checkpoints/best.ckpt")
@@ -41,19 +41,12 @@ def sample(cfg: DictConfig) -> Tensor:
             raise ValueError(f"{name}={value}: give a whole number, at least {least}")
     if not isinstance(cfg.temperature, int | float) or not 0 <= cfg.temperature < math.inf:
         raise ValueError(f"temperature={cfg.temperature}: give a factor of the latents' spread, at least 0")
-    if not isinstance(cfg.out, str):
+    if not isinstance(cfg.out, str) or Path(cfg.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"out={cfg.out}: give a picture's name, such as samples.png")
     if Path(cfg.out).exists():
         raise ValueError(f"out={cfg.out} exists already: remove it, or give another path")
-    if Path(cfg.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"out={cfg.out}: give a picture's name, such as samples.png")
     checkpoint = read_checkpoint(cfg.ckpt_path)
-    if "config" not in checkpoint:
-        raise ValueError(
-            f"ckpt_path={cfg.ckpt_path} does not say how its flow was made: it has no 'config'; give one that "
-            f"revnet-train wrote"
-        )
-    model = checkpoint["config"]["model"]
+    model = configuration(checkpoint, cfg.ckpt_path)["model"]
     flow: Any = instantiate(model, _convert_="all")
     if not hasattr(flow, "sample"):
         name = model["_target_"].rpartition(".")[2]

@@ -70,7 +70,10 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
             f"data.normalization={data.normalization}, but the flow takes images in [0, 1]: set data.normalization=unit"
         )
     if hasattr(network, "log_prob") and (cfg.data.get("mixup") or cfg.data.get("cutmix")):
-        raise ValueError("data.mixup and data.cutmix are for classifiers: set them to 0 for a flow")
+        raise ValueError(
+            f"data.mixup={cfg.data.get('mixup')}, data.cutmix={cfg.data.get('cutmix')}: these are for classifiers; set "
+            f"them to 0 for a flow"
+        )
     if getattr(network, "dequantise", None) is not None and cfg.trainer.precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision}, but the flow adds noise to images, for which half precision "

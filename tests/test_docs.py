@@ -12,28 +12,25 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from revnet import train
+from revnet import profile, train
 from tests.commands import invoke
 
 ROOT = Path(__file__).parents[1]
 
 
-def commands() -> list[str]:
-    """The lines of the pages that call `revnet-train`, continued lines joined and remarks cut off."""
-    text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-    found = re.findall(r"^    .*?(?:revnet-train|-m revnet\.train) (.+)$", text.replace("\\\n", ""), re.MULTILINE)
-    return sorted(
-        {
-            re.split(r" {3,}(?=[^ ]+ [^=]*$)", line)[0].strip()
-            for line in found
-            if "-sc" not in line and "ckpt_path" not in line
-        }
-    )
+def commands() -> list[tuple[str, str]]:
+    """The lines of the pages that call `revnet-train` or `revnet-profile`: the command, and what follows it."""
+    pages = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+    text = "\n".join(path.read_text() for path in pages)
+    calls = r"^(?:    |)(?:.*?-m revnet\.|.*?\brevnet-)(train|profile) ([^`\n]+)$"
+    found = re.findall(calls, text.replace("\\\n", ""), re.MULTILINE)
+    lines = {(name, re.split(r" +# | {3,}(?=[^ ]+ [^=]*$)", line)[0].strip()) for name, line in found}
+    return sorted((name, line) for name, line in lines if "-sc" not in line and "ckpt_path" not in line)
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize(("name", "line"), commands())
 def test_every_command_composes(
-    line: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, line: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "--config-dir mine" in line:
@@ -42,8 +39,19 @@ def test_every_command_composes(
     arguments = [word for word in shlex.split(line) if word != "-m" and not re.search("=.*,", word)]
     if not re.search("--(cfg|help|info)", line):
         arguments += ["--cfg", "job"]
-    assert invoke(train.main, *arguments) == 0
+    assert invoke({"train": train.main, "profile": profile.main}[name], *arguments) == 0
     assert capsys.readouterr().out.strip()
+
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, marks=pytest.mark.slow) if "max_batch" in block else block for block in BLOCKS]
+)
+def test_the_code_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_the_notebook_ends_with_a_trained_network_and_a_picture(tmp_path: Path) -> None:

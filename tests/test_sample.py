@@ -117,7 +117,7 @@ def test_what_is_no_flow_s_checkpoint_is_one_line(capsys: pytest.CaptureFixture,
         (("model.classes=7",), r"model.classes=7, but the data has 3 classes: .*"),
         (("memory_budget=1GiB",), r"memory_budget=1GiB is for classifiers: .*"),
         (("task=classifier",), r".*Flow.*"),
-        (("data.mixup=0.2",), r"data.mixup and data.cutmix are for classifiers: .*"),
+        (("data.mixup=0.2",), r"data.mixup=0.2, data.cutmix=0.0: these are for classifiers; .*"),
         (
             ("trainer.precision=bf16-true",),
             r"trainer.precision=bf16-true, but the flow adds noise .* choose bf16-mixed .*",

@@ -23,19 +23,13 @@ class Shard:
         file: its name.
         count: images in it.
         bytes: its size.
-        sha256: of its content.
         unreadable: paths of images, from the folder that was converted, that were left out.
     """
 
     file: str
     count: int
     bytes: int
-    sha256: str
     unreadable: Sequence[str] = field(default=())
-
-    def whole(self, directory: Path) -> bool:
-        """Whether the file is there and as long as it should be."""
-        return self.missing(directory) is None
 
     def missing(self, directory: Path) -> str | None:
         """What is wrong with the file, None if it is as long as it should be."""

@@ -85,7 +85,7 @@ def write_shards(
         raise ValueError(
             f"out={target} holds {strangers[0]}, but no record of a conversion ({RECORD}): choose another out"
         )
-    finished = {shard.file: shard for shard in _read_record(target, conversion) if shard.whole(target)}
+    finished = {shard.file: shard for shard in _read_record(target, conversion) if not shard.missing(target)}
     _write_record(target, conversion, finished.values())
     left = [shard for file, shard in planned.items() if file not in finished]
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -146,13 +146,9 @@ class PlannedShard:
                         unreadable.append(path)
             stream.flush()
             os.fsync(stream.fileno())
-        digest = hashlib.sha256()
-        with part.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
         part.replace(self.file)
         count = len(self.images) - len(unreadable)
-        return Shard(self.file.name, count, self.file.stat().st_size, digest.hexdigest(), unreadable)
+        return Shard(self.file.name, count, self.file.stat().st_size, unreadable)
 
 
 @contextmanager

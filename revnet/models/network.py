@@ -148,13 +148,25 @@ class RevNet(PreActResNet):
 
     Source: Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), section 3 and table 1.
 
-    Args: as `PreActResNet`; all channels even.
+    Args: as `PreActResNet`.
+
+    Raises:
+        ValueError: an odd number of channels in the stem or a stage.
+
+    Example:
+        >>> import torch
+        >>> from revnet.models import RevNet
+        >>> from revnet.models.branches import BasicBranch
+        >>> from revnet.models.paper import table_1
+        >>> network = RevNet(*table_1(BasicBranch, (2, 2), (16, 16, 32)), small_images=True, num_classes=10)
+        >>> network(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 10])
     """
 
     default_activations: Activations = "reconstruct"
 
     def _stage(self, channels: int, stage: Stage, first: bool) -> list[nn.Module]:
-        before, after = channels // 2, stage.channels // 2
+        before, after = _half(channels), _half(stage.channels)
         if stage.is_step(channels):
             start: list[nn.Module] = [
                 TransitionUnit(
@@ -181,6 +193,9 @@ class FullyReversibleNet(PreActResNet):
     Source: Jacobsen, Smeulders, Oyallon 2018 (i-RevNet: Deep Invertible Networks), section 3.
 
     Args: as `PreActResNet`; the first stage has the channels of the stem.
+
+    Raises:
+        ValueError: an odd number of channels in a stage.
     """
 
     default_activations: Activations = "reconstruct"
@@ -202,9 +217,16 @@ class FullyReversibleNet(PreActResNet):
         return super().__getattr__(name)
 
 
+def _half(channels: int) -> int:
+    """Half of the channels of a state."""
+    if channels % 2:
+        raise ValueError(f"channels={channels} of the stem or a stage: give an even number, for two equal halves")
+    return channels // 2
+
+
 def _blocks(stage: Stage, count: int, preactivate: bool = True) -> list[nn.Module]:
     """Reversible blocks of a stage; `preactivate=False` leaves out the leading BN-ReLU of the first one's F."""
-    half = stage.channels // 2
+    half = _half(stage.channels)
     return [
         ReversibleBlock(stage.branch(half, half, preactivate=preactivate or index > 0), stage.branch(half, half))
         for index in range(count)

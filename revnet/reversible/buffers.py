@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from revnet.reversible.names import names_in
-
 __all__ = [
     "STATISTICS",
     "Changed",
     "Unchanged",
     "copy_buffers",
-    "names_statistics",
     "only_writes",
     "sort_out",
     "version_of",
@@ -42,14 +39,6 @@ def only_writes(module: nn.Module) -> bool:
     return module in _called or type(module).forward is _InstanceNorm.forward
 
 
-def names_statistics(module: nn.Module) -> bool:
-    """Whether the code of a module names running statistics, and so may read those of a normalisation that it holds.
-
-    So do modules that fold a normalisation into a convolution to train with quantised weights.
-    """
-    return not names_in(module).isdisjoint(STATISTICS)
-
-
 def _was_called(module: nn.Module, name: str, buffer: Tensor | None, version: int) -> bool:
     """Whether a batch normalisation has counted a batch since its `buffer` of this name had this version."""
     if name != "num_batches_tracked" or type(module).forward not in _BATCH_NORM_FORWARDS or not module.training:
@@ -61,7 +50,9 @@ def copy_buffers(owners: Iterable[nn.Module], reads_statistics: bool) -> list[Bu
     """Copies of the buffers whose value could enter the result and change: all but running statistics in training.
 
     torch's own normalisation in training mode writes its running statistics and never reads them (nor bumps their
-    version), so nothing needs to be kept for it. A buffer that requires grad is a parameter to the engine.
+    version), so nothing needs to be kept for it, unless something else in the branch `reads_statistics`: as what folds
+    a normalisation into a convolution does, to train with quantised weights. A buffer that requires grad is a parameter
+    to the engine.
     """
     found: list[Buffer] = []
     copies: dict[int, Tensor] = {}  # a buffer in several places has one

@@ -20,7 +20,6 @@ from revnet.reversible.buffers import (
     Changed,
     Unchanged,
     copy_buffers,
-    names_statistics,
     only_writes,
     sort_out,
     version_of,
@@ -268,10 +267,12 @@ def observe(
     owners = tuple([m for m in modules if m._parameters or m._buffers])
     try:
         random = _random_states(device)
-        reads_statistics = any(map(names_statistics, modules))
+        named = set().union(*map(names_in, modules))
+        reads_statistics = not named.isdisjoint(STATISTICS)
         buffers = copy_buffers(owners, reads_statistics)
         has_graph = torch.is_grad_enabled()
-        with_graph = has_graph or any(_depends_on_grad_mode(m, state[0].ndim) for m in modules)
+        multiplies = state[0].ndim > 2 and not named.isdisjoint(_DEPENDS_ON_GRAD_MODE)
+        with_graph = has_graph or multiplies or any(_depends_on_grad_mode(m, state[0].ndim) for m in modules)
         versions = [version_of(x) for x in state]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
@@ -300,7 +301,7 @@ def _depends_on_grad_mode(module: nn.Module, ndim: int) -> bool:
         return True
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         return True
-    return ndim > 2 and (isinstance(module, nn.Linear) or not _DEPENDS_ON_GRAD_MODE.isdisjoint(names_in(module)))
+    return ndim > 2 and isinstance(module, nn.Linear)
 
 
 def _as_second(compute: Callable[..., T], state: State) -> T:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from revnet.training.checkpoints import AtomicCheckpoints, load_weights, newest_checkpoint, read_checkpoint
+from revnet.training.checkpoints import (
+    AtomicCheckpoints,
+    configuration,
+    load_weights,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from revnet.training.classifier import Classifier
 from revnet.training.continuation import Continuation
 from revnet.training.density import DensityEstimator
@@ -28,6 +34,7 @@ __all__ = [
     "step_decay",
     "one_cycle",
     "warmup_cosine",
+    "configuration",
     "constant_rate",
     "TrainingMonitor",
     "SampleGrids",

@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from revnet.training.task import Task
 
-__all__ = ["AtomicCheckpoints", "newest_checkpoint", "read_checkpoint", "load_weights"]
+__all__ = ["AtomicCheckpoints", "configuration", "newest_checkpoint", "read_checkpoint", "load_weights"]
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,24 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
             f"weights alone are given by weights=FILE"
         )
     return checkpoint
+
+
+def configuration(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
+    """How the network and the data of a checkpoint were made, see `Task`.
+
+    Args:
+        checkpoint: from `read_checkpoint`.
+        path: where it was read, for the error.
+
+    Raises:
+        ValueError: it does not say so.
+    """
+    if "config" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={path} does not say how its network and data were made: it has no 'config'; give one that "
+            f"revnet-train wrote, or weights=FILE data=... to revnet-eval"
+        )
+    return checkpoint["config"]
 
 
 def load_weights(task: Task, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:

@@ -32,7 +32,6 @@ class LastCheckpoint(Checkpoint):
         every_n_train_steps: optimizer steps between two checkpoints within an epoch; None for the ends of epochs alone.
 
     Attributes:
-        saved: path of the newest checkpoint of this process; None before the first.
         interrupted: whether Ctrl-C has stopped the training.
 
     Raises:
@@ -44,7 +43,6 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_train_steps={every_n_train_steps}: give a number of steps, at least 1, or null")
         self.dirpath = Path(dirpath)
         self.every_n_train_steps = every_n_train_steps
-        self.saved: Path | None = None
         self.interrupted = False
         self._saved_step = 0
         self._told = False
@@ -118,7 +116,7 @@ class LastCheckpoint(Checkpoint):
             if last.exists():
                 last.replace(self.dirpath / "previous.ckpt")
             written.replace(last)
-        self.saved, self._saved_step = last, trainer.global_step
+        self._saved_step = trainer.global_step
 
     def _listen(self) -> None:
         """Take the place of Lightning's handler of SIGTERM until Lightning, at its end, puts back those of before.
