@@ -1,11 +1,10 @@
-"""The command `revnet-eval`: test the network of a checkpoint, or of a file of weights; and predict by it in Python."""
+"""The command `revnet-eval`: test the network of a checkpoint, or of a file of weights."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from importlib import resources
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
 
 from revnet import models
 from revnet.cli import command
@@ -23,7 +21,7 @@ from revnet.train import build
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
 
-__all__ = ["Predictor", "evaluate", "offer_checkpoint", "main"]
+__all__ = ["evaluate", "offer_checkpoint", "main"]
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +142,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 def _prepare_as_for_training(data: LightningDataModule, cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
     """Normalise the images by what the network was trained with, and say what else is done to them in another way."""
+    from revnet.training import data_state
+
     trained = checkpoint["config"]["data"]
-    state = _of_data(checkpoint)
+    state = data_state(checkpoint)
     if state is not None:
         data.load_state_dict(state)
     elif cfg != trained and str(cfg.get("normalization")).startswith("mean"):
@@ -155,59 +155,6 @@ def _prepare_as_for_training(data: LightningDataModule, cfg: DictConfig, checkpo
     for key in ("normalization", "image_size", "crop_ratio"):
         if key in cfg and key in trained and cfg[key] != trained[key]:
             log.warning("data.%s=%s, but the network was trained with %s", key, cfg[key], trained[key])
-
-
-def _of_data(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """What a checkpoint holds of the data, see `ImageDataModule.state_dict`."""
-    keys = {"normalization", "shift", "scale"}
-    return next((value for value in checkpoint.values() if isinstance(value, dict) and keys <= value.keys()), None)
-
-
-class Predictor(nn.Module):
-    """The network of a checkpoint behind the normalisation that it was trained with: bytes in, logits out.
-
-    It makes the network that the checkpoint's configuration names, whatever that is: for checkpoints that you trust.
-    Not for flows, which `revnet-sample` draws from.
-
-    Args:
-        ckpt_path: a checkpoint of `revnet-train`, such as `runs/NAME/DATE/checkpoints/best.ckpt`.
-
-    Input (B, channels, H, W), bytes, of the size that the network was trained on; output (B, classes).
-
-    Attributes:
-        class_names: what the logits mean, in their order, where the data said so; else None.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of `revnet-train`, or that of a flow.
-
-    Example:
-        predictor = Predictor("runs/NAME/DATE/checkpoints/best.ckpt")
-        image = torchvision.io.decode_image("cat.png", "RGB")
-        logits = predictor(torchvision.transforms.v2.functional.resize(image, [32, 32])[None])
-    """
-
-    def __init__(self, ckpt_path: str | PathLike[str]) -> None:
-        from revnet.data import Normalize
-        from revnet.training import configuration, load_weights, read_checkpoint
-
-        super().__init__()
-        checkpoint = read_checkpoint(ckpt_path)
-        config, state = configuration(checkpoint, ckpt_path), _of_data(checkpoint)
-        if state is None:
-            raise ValueError(f"ckpt_path={ckpt_path} does not say how its images were normalised: train it anew")
-        network = instantiate(config["model"], _convert_="all")
-        if hasattr(network, "log_prob"):
-            raise ValueError(f"ckpt_path={ckpt_path} is of a flow, which has no logits: see revnet-sample")
-        load_weights(instantiate(config["task"], network=network), checkpoint, ckpt_path)
-        self.normalize = Normalize(state["shift"], state["scale"])
-        self.network = network
-        self.class_names: list[str] | None = state.get("class_names")
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images."""
-        return self.network(self.normalize(images))
 
 
 @command("eval", prepare=lambda: offer_checkpoint(sys.argv[1:]))

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from revnet import evaluate as evaluate_module
@@ -117,24 +116,6 @@ def test_what_is_no_checkpoint_of_a_run_is_one_line(capsys: pytest.CaptureFixtur
         assert evaluate(*arguments) == 2
         (only,) = capsys.readouterr().err.strip().splitlines()
         assert re.fullmatch("revnet-eval: " + line, only)
-
-
-def test_a_predictor_takes_bytes(run: Path, tmp_path: Path) -> None:
-    path = run / "checkpoints/best.ckpt"
-    predictor = evaluate_module.Predictor(path)
-    data, task = train_module.build(OmegaConf.create(torch.load(path, weights_only=True)["config"]))
-    data.setup()
-    images, _ = next(iter(data.test_dataloader()))
-    task.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    with torch.no_grad():
-        truth = task.network.eval()(data.preprocess(images, training=False))
-        assert predictor(images).equal(truth)
-    assert predictor.class_names is None
-    state = torch.load(path, weights_only=True)
-    del state["Fake"]
-    torch.save(state, tmp_path / "older.ckpt")
-    with pytest.raises(ValueError, match=r"ckpt_path=.*older.ckpt does not say how .*"):
-        evaluate_module.Predictor(tmp_path / "older.ckpt")
 
 
 def test_help_needs_no_checkpoint(capsys: pytest.CaptureFixture) -> None:

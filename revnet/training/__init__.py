@@ -5,6 +5,7 @@ from __future__ import annotations
 from revnet.training.checkpoints import (
     AtomicCheckpoints,
     configuration,
+    data_state,
     load_weights,
     newest_checkpoint,
     read_checkpoint,
@@ -36,6 +37,7 @@ __all__ = [
     "warmup_cosine",
     "configuration",
     "constant_rate",
+    "data_state",
     "TrainingMonitor",
     "SampleGrids",
     "DriftGuard",

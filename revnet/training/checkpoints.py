@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from revnet.training.task import Task
 
-__all__ = ["AtomicCheckpoints", "configuration", "newest_checkpoint", "read_checkpoint", "load_weights"]
+__all__ = ["AtomicCheckpoints", "configuration", "data_state", "newest_checkpoint", "read_checkpoint", "load_weights"]
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,12 @@ def configuration(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> d
             f"revnet-train wrote, or weights=FILE data=... to revnet-eval"
         )
     return checkpoint["config"]
+
+
+def data_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint holds of its images: what they were normalised by, and their classes; None if it does not."""
+    keys = {"normalization", "shift", "scale"}  # of `revnet.data.ImageDataModule.state_dict`
+    return next((value for value in checkpoint.values() if isinstance(value, dict) and keys <= value.keys()), None)
 
 
 def load_weights(task: Task, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:
