@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 class ImageFolder(ImageFiles):
     """Images of any size and mode in `root/train/CLASS/`, `root/test/CLASS/` and, if wanted, `root/val/CLASS/`.
 
-    Of `val` and `test` one is enough: it is the test then, and the validation split is cut from `train`. Images that
+    Of `val` and `test` one is enough: it is the test then, and the validation split is cut from `train`. Other folders
+    beside them are passed over, and so are files without the suffix of an image; what was found is logged. Images that
     fit into `memory_limit` are read once and held as bytes. Others, and those of which training takes crops of its own
     or changes the colours, are read by `num_workers` processes whenever they are needed.
 
@@ -38,10 +39,27 @@ class ImageFolder(ImageFiles):
             reading, or of an epoch, says how many there are and names the first.
         options: the other arguments of `ImageFiles`.
 
+    Attributes:
+        class_names: the folders in `train`, sorted; a label is the place among them.
+
     Raises:
         FileNotFoundError: if a folder is missing or has no classes in it.
         ValueError: if a class has no images, or test and training images have different classes. Images that cannot be
             read raise one with their path, when they are read.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from revnet.data import ImageFolder
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        ...     (root / name).mkdir(parents=True)
+        ...     Image.new("RGB", (40, 30)).save(root / name / "1.png")
+        >>> data = ImageFolder(root, image_size=32, val_fraction=0)
+        >>> data.setup()
+        >>> data.class_names, len(data.splits["train"]), data.image_shape
+        (['cat', 'dog'], 2, (3, 32, 32))
     """
 
     class_names: Sequence[str]

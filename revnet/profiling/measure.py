@@ -46,7 +46,16 @@ def measure_memory(
         snapshot: where to write the record of the CUDA allocator that pytorch.org/memory_viz reads.
 
     Raises:
-        ValueError: `snapshot` is given and the input is not on a CUDA device.
+        ValueError: model and input are on different devices, or `snapshot` is given and they are not on a CUDA device.
+        TypeError: the loss is no scalar.
+
+    Example:
+        >>> import torch
+        >>> from revnet.models import revnet38
+        >>> from revnet.profiling import measure_memory
+        >>> memory = measure_memory(revnet38(), torch.randn(8, 3, 32, 32))
+        >>> memory.total >= memory.peak > memory.activations  # bytes
+        True
     """
     check_device(model, input)
     if snapshot is not None and input.device.type != "cuda":
@@ -78,6 +87,16 @@ def measure_time(
     `KEEP_FREED_MEMORY` in its environment, or what saves memory looks faster than it is.
 
     Args: as `measure_memory`; the model is left as there.
+
+    Raises:
+        ValueError: `repeats` or `warmup` out of their range, or model and input on different devices.
+
+    Example:
+        >>> import torch
+        >>> from revnet.models import revnet38
+        >>> from revnet.profiling import measure_time
+        >>> measure_time(revnet38(), torch.randn(2, 3, 32, 32), repeats=1).step > 0  # seconds
+        True
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")

@@ -178,6 +178,22 @@ class Coupling(nn.Module):
 
     Do not subclass it for a map that is no coupling: a layer with methods `forward`, `inverse` and,
     if its log-determinant is not 0, `forward_and_log_det` can stand in a sequence as it is.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet.reversible import Coupling, Step
+        >>> from revnet.reversible.coupling import ADDITION
+        >>> class Twice(Coupling):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.f, self.g = nn.Linear(3, 3), nn.Linear(3, 3)
+        ...     def steps(self):  # x2 += f(x1), then x2 += g(x1)
+        ...         return Step(self.f, 1, ADDITION), Step(self.g, 1, ADDITION)
+        >>> coupling = Twice()
+        >>> x1, x2 = coupling.inverse(*coupling(torch.zeros(2, 3), torch.ones(2, 3)))
+        >>> bool(torch.allclose(x2, torch.ones(2, 3)))
+        True
     """
 
     exact = False

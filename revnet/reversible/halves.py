@@ -30,6 +30,15 @@ def split_halves(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
 
     Dense, because a plain `chunk` of a channels_last tensor gives strided halves on which convolutions and
     normalisation take slower paths.
+
+    Raises:
+        ValueError: `dim` has an odd size.
+
+    Example:
+        >>> import torch
+        >>> from revnet.reversible import split_halves
+        >>> split_halves(torch.arange(4)[None])
+        (tensor([[0, 1]]), tensor([[2, 3]]))
     """
     if x.shape[dim] % 2:
         raise ValueError(
@@ -75,6 +84,18 @@ class Rearrangement(nn.Module):
     Attributes:
         fixed: says that every call moves values in the same way, whatever has happened in between; they are then moved
             back without a second evaluation. False unless a subclass says so.
+
+    Example:
+        >>> import torch
+        >>> from revnet.reversible import Rearrangement
+        >>> class Mirror(Rearrangement):
+        ...     fixed = True
+        ...     def forward(self, x1, x2, context=None):
+        ...         return x1.flip(-1), x2.flip(-1)
+        ...     inverse = forward
+        >>> mirror = Mirror()
+        >>> mirror.inverse(*mirror(torch.arange(2), torch.arange(3)))
+        (tensor([0, 1]), tensor([0, 1, 2]))
     """
 
     fixed = False

@@ -85,6 +85,12 @@ def slots(module: nn.Module) -> list[Slot]:
 
     In the order in which the network registers its parts, which is that of its forward pass in any network that is
     written so.
+
+    Example:
+        >>> from revnet.models import revnet38
+        >>> from revnet.reversible import slots
+        >>> [slot.name for slot in slots(revnet38())][:3]
+        ['stem', 'layer1.0', 'layer1.1']
     """
     return list(_slots(module, "", set()))
 

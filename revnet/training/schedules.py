@@ -71,6 +71,13 @@ def one_cycle(
         ValueError: if `rise` is outside its range.
 
     Source: Smith and Topin, Super-Convergence (2018).
+
+    Example:
+        >>> import torch
+        >>> from revnet.training import one_cycle
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+        >>> one_cycle(optimizer, total_steps=1000, start=0.1).get_last_lr()
+        [0.05]
     """
     if not 0 < rise < 1:
         raise ValueError(f"rise must be a fraction of the training, more than 0 and less than 1: got {rise}")
@@ -96,6 +103,13 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.05) 
         ValueError: if `warmup` is outside its range.
 
     Source: Loshchilov and Hutter, SGDR (2017), without restarts.
+
+    Example:
+        >>> import torch
+        >>> from revnet.training import warmup_cosine
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+        >>> warmup_cosine(optimizer, total_steps=100, warmup=0.04).get_last_lr()
+        [0.1]
     """
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a fraction of the training, at least 0 and less than 1: got {warmup}")
