@@ -26,7 +26,7 @@ from revnet.reversible.buffers import (
 )
 from revnet.reversible.drift import Sample
 from revnet.reversible.layer import State, as_state
-from revnet.reversible.names import MATRIX_PRODUCT, names_in
+from revnet.reversible.names import names_in
 
 __all__ = [
     "Evaluation",
@@ -46,7 +46,6 @@ _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
 )
-_DEPENDS_ON_GRAD_MODE = {MATRIX_PRODUCT, "linear", "matmul", "scaled_dot_product_attention"}
 _inspected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Branches that were seen to leave their input alone under inference_mode."""
 
@@ -271,8 +270,7 @@ def observe(
         reads_statistics = not named.isdisjoint(STATISTICS)
         buffers = copy_buffers(owners, reads_statistics)
         has_graph = torch.is_grad_enabled()
-        multiplies = state[0].ndim > 2 and not named.isdisjoint(_DEPENDS_ON_GRAD_MODE)
-        with_graph = has_graph or multiplies or any(_depends_on_grad_mode(m, state[0].ndim) for m in modules)
+        with_graph = has_graph or any(map(_depends_on_grad_mode, modules))
         versions = [version_of(x) for x in state]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
@@ -291,17 +289,17 @@ def _places(owners: Iterable[nn.Module]) -> tuple[ParameterPlace, ...]:
     return tuple([(m, n, p, p.requires_grad) for m in owners for n, p in parameters_of(m)])
 
 
-def _depends_on_grad_mode(module: nn.Module, ndim: int) -> bool:
-    """Whether a module may compute other last bits on states of `ndim` dimensions where it need give no gradients.
+def _depends_on_grad_mode(module: nn.Module) -> bool:
+    """Whether a module may compute other last bits where it need give no gradients.
 
-    Compiled code does (by `module.compile()` or `torch.compile(module)`), torch's LSTM on a CPU, its attention, and
-    products with a matrix, which torch folds into one or not where there are more than two dimensions.
+    Compiled code does (by `module.compile()` or `torch.compile(module)`), torch's LSTM on a CPU, and its transformer
+    layers in eval mode.
     """
-    if isinstance(module, nn.LSTM | nn.MultiheadAttention | nn.TransformerEncoderLayer):
+    if isinstance(module, nn.LSTM):
         return True
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         return True
-    return ndim > 2 and isinstance(module, nn.Linear)
+    return not module.training and isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
 
 
 def _as_second(compute: Callable[..., T], state: State) -> T:

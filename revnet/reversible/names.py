@@ -1,39 +1,45 @@
-"""What the code of a module names, from which it is concluded what it may do."""
+"""What the code of a module names, from which it is concluded what it may read."""
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from contextlib import suppress
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["MATRIX_PRODUCT", "names_in"]
+__all__ = ["names_in"]
 
-MATRIX_PRODUCT = "@"
-_KNOWN = ("torch", "numpy", *sys.stdlib_module_names)
-_found: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+_LIBRARIES = ("torch", "numpy", *sys.stdlib_module_names)
+_ENGINE = f"{__name__.rpartition('.')[0]}."
+_PLAIN = ("torch.nn.modules.", "builtins", _ENGINE)
+_of_classes: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+_of_instances: weakref.WeakKeyDictionary[nn.Module, tuple[Any, frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
 def names_in(module: nn.Module) -> frozenset[str]:
     """Names and texts in the methods of a module, and in the functions that these call by name.
 
-    Those of torch, of this engine and of Python itself are left out. `MATRIX_PRODUCT` is among the names if the
-    operator `@` is used. A function that is passed in, or looked up in a table, is not seen.
+    Left out are the methods of `torch.nn.modules` and of this engine, and functions of torch and of Python itself. A
+    function that is handed in, or looked up in a table, is not seen.
     """
     kind = type(module)
-    found = _found.get(kind)
+    found = _of_classes.get(kind)
     if found is None:
-        own = (base for base in kind.__mro__ if not _is_known(base.__module__))
-        found = _found[kind] = _names(member for base in own for member in vars(base).values())
-    if "forward" in module.__dict__:
-        return found | _names([module.__dict__["forward"]])
-    return found
+        own = (base for base in kind.__mro__ if not base.__module__.startswith(_PLAIN))
+        found = _of_classes[kind] = _names(member for base in own for member in vars(base).values())
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return found
+    known = _of_instances.get(module)
+    if known is None or known[0] is not forward:
+        known = _of_instances[module] = (forward, found | _names([forward]))
+    return known[1]
 
 
 def _names(members: Iterable[Any]) -> frozenset[str]:
@@ -41,30 +47,52 @@ def _names(members: Iterable[Any]) -> frozenset[str]:
     seen: set[FunctionType] = set()
     names: set[str] = set()
     for function in functions:
-        if function in seen:
-            continue
-        seen.add(function)
-        here = set().union(*map(_named, _codes(function.__code__)))
-        names |= here
-        reached = [function.__globals__.get(name) for name in here]
-        reached += [vars(value).get(name) for value in reached if isinstance(value, ModuleType) for name in here]
-        reached += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        functions += [found for value in reached for found in _functions(value)]
+        if function not in seen:
+            seen.add(function)
+            here = set().union(*map(_named, _codes(function.__code__)))
+            names |= here
+            functions += [found for value in _reached(function, here) for found in _functions(value) if _is_own(found)]
     return frozenset(names)
 
 
+def _reached(function: FunctionType, names: set[str]) -> Iterator[Any]:
+    """What a function may call by these names: of its closure, globals, and the modules and classes among them."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # of one that is still empty
+            yield cell.cell_contents
+    scopes: list[Any] = [function]
+    for scope in scopes:
+        known = scope.__globals__ if scope is function else vars(scope)
+        for value in map(known.get, names):
+            yield value
+            with suppress(Exception):  # what stands in for something else may raise anything when it is looked at
+                if isinstance(value, ModuleType | type) and _is_own(value) and value not in scopes:
+                    scopes.append(value)
+
+
 def _functions(value: Any) -> Iterator[FunctionType]:
-    """The functions behind a member of a class, or a global name, that are to be looked into."""
-    if isinstance(value, property):
-        yield from (found for part in (value.fget, value.fset) for found in _functions(part))
-        return
-    value = getattr(value, "__func__", value)  # of a method, bound, static or of the class
-    if isinstance(value, functools.partial | functools.cached_property):
-        value = value.func
-    if callable(value) and not isinstance(value, type):
-        value = inspect.unwrap(value)
-    if isinstance(value, FunctionType) and not _is_known(value.__module__ or ""):
-        yield value
+    """The functions behind a member of a class, or a name: those of a property, or that a decorator wraps, too."""
+    layers = [value]
+    for layer in layers:
+        with suppress(Exception):  # see above
+            if isinstance(layer, property):
+                layers += [layer.fget, layer.fset]
+            elif isinstance(layer, staticmethod | classmethod | MethodType):
+                layers.append(layer.__func__)
+            elif isinstance(layer, functools.partial | functools.partialmethod | functools.cached_property):
+                layers.append(layer.func)
+            elif callable(layer) and not isinstance(layer, type):
+                if isinstance(layer, FunctionType):
+                    yield layer
+                inner = inspect.getattr_static(layer, "__wrapped__", None)
+                if inner is not None and len(layers) < 100:
+                    layers.append(inner)
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a function, class or module is none of a library's or of this engine."""
+    name = value.__name__ if isinstance(value, ModuleType) else value.__module__ or ""
+    return name.partition(".")[0] not in _LIBRARIES and not name.startswith(_ENGINE)
 
 
 def _codes(code: CodeType) -> list[CodeType]:
@@ -76,19 +104,4 @@ def _codes(code: CodeType) -> list[CodeType]:
 
 def _named(code: CodeType) -> set[str]:
     constants = [c for constant in code.co_consts for c in (constant if isinstance(constant, tuple) else (constant,))]
-    names = {*code.co_names, *(constant for constant in constants if isinstance(constant, str))}
-    if any(i.argrepr in ("@", "@=") or "MATRIX_MULTIPLY" in i.opname for i in dis.get_instructions(code)):
-        names.add(MATRIX_PRODUCT)
-    return names
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-def _is_known(module: str) -> bool:
-    return module.partition(".")[0] in _KNOWN or module.startswith("revnet.reversible.")
+    return {*code.co_names, *(constant for constant in constants if isinstance(constant, str))}
