@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -17,7 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from revnet.arguments import check_overrides
-from revnet.mistakes import leave, mistake, unplaced, valid
+from revnet.mistakes import KILLED, leave, mistake, unplaced, valid
+from revnet.run_directory import forget
 
 __all__ = ["command", "compose"]
 
@@ -76,6 +78,7 @@ def command(
                     raise JobFailed(line) from error
                 if line is None:
                     raise
+                forget(Path(run.runtime.output_dir))
                 leave(config_name, line, status=1)
             finally:
                 os.environ[FULL_ERROR] = "1"
@@ -111,7 +114,7 @@ def command(
                 line = mistake(error)
                 if line is None:
                     raise
-                leave(config_name, line, status=2)
+                leave(config_name, line, status=1 if type(error).__name__ == KILLED else 2)
             finally:
                 del os.environ[FULL_ERROR]
 

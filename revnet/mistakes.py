@@ -26,7 +26,7 @@ from revnet.flows import NonFiniteError
 from revnet.processes import rank
 from revnet.reversible import ReconstructionError
 
-__all__ = ["mistake", "is_out_of_memory", "leave", "unplaced", "valid"]
+__all__ = ["KILLED", "mistake", "is_out_of_memory", "leave", "unplaced", "valid"]
 
 PACKAGE = Path(__file__).parent
 REFUSALS = (  # of flags, of numbers of processes, of val_check_interval
@@ -37,6 +37,7 @@ REFUSALS = (  # of flags, of numbers of processes, of val_check_interval
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/output", "hydra/job_logging", "hydra/hydra_logging")
 LOST = r"DistBackendError|DistNetworkError|/gloo/"  # of torch.distributed, where another process does not answer
 FULL = (errno.ENOSPC, errno.EDQUOT)
+KILLED = "TerminatedWorkerError"  # of joblib, where the system has killed a job
 SERVICES = ("wandb", "mlflow")  # whose errors speak of accounts, addresses and files
 SECONDS_TO_FIRST = 5  # torchrun ends the others a tenth of a second after one has failed; they start seconds apart
 
@@ -113,7 +114,7 @@ def mistake(error: BaseException) -> str | None:
         return (configured and _misfit(configured, target, line)) or None
     if isinstance(error, RuntimeError) and re.search(LOST, f"{type(error).__name__} {line}"):
         return f"another process of the run has ended or hangs; go on with run_dir=... ckpt_path=last ({line[:200]})"
-    if type(error).__name__ == "TerminatedWorkerError":  # of joblib, which knows no more
+    if type(error).__name__ == KILLED:
         return "a job was killed, most likely because memory ran out, and with it those beside and behind it"
     if type(error).__module__.partition(".")[0] in SERVICES:
         return line
@@ -199,8 +200,14 @@ def _unknown_group(line: str) -> str | None:
     if found is None:
         return None
     group, option, missing = found.groups()
-    if "@" in missing:
+    name, _, package = missing.partition("@")
+    if group in ("experiment", "debug") and package.startswith(f"{group}."):
         return unplaced(group, option)
+    if name.startswith(f"{group}/"):
+        wanted = name.removeprefix(f"{group}/")
+        return f"{group}={option}: write override /{wanted}, with a slash, in {group}/{option}.yaml"
+    if package:
+        return None
     return f"{group}={option} is for another command: it chooses {missing}, a group that this one does not have"
 
 

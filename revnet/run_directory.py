@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from revnet.mistakes import leave
 from revnet.processes import agree, rank
 
 __all__ = ["KeepRuns", "forget", "with_saved_overrides"]
+
+
+_before: dict[str, set[Path]] = {}
+"""What was there, of a run's directory and in it, before the run."""
 
 
 class KeepRuns(Callback):
@@ -46,6 +51,8 @@ class KeepRuns(Callback):
             earlier = _records(directory, config.hydra.output_subdir)
             with read_write(config.hydra):
                 config.hydra.output_subdir += f"_{max(earlier) + 1}" if earlier else ""
+        absolute = Path(os.path.abspath(directory))
+        _before[str(absolute)] = {absolute, *absolute.rglob("*")} if absolute.exists() else set()
         agree(str(directory))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -105,19 +112,20 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
     return [*directory_of_configs, *arguments[:first], *saved, *arguments[first:]]
 
 
-def forget(directory: Path, run: Any) -> None:
-    """Remove what Hydra has written of a training that was refused before it began.
+def forget(directory: Path) -> None:
+    """Remove what was written of a run that was refused before it began, which `environment*.json` would say.
 
-    Its overrides would hold for the next that goes on, and its directory would be taken.
-
-    Args:
-        directory: of the run.
-        run: Hydra's own node of the configuration.
+    Its overrides would hold for the next one that goes on in its directory, and a new directory would be taken.
     """
-    shutil.rmtree(directory / run.output_subdir)
-    if run.output_subdir == ".hydra":  # the first: nothing else than its log can be there
-        (directory / f"{run.job.name}.log").unlink(missing_ok=True)
-        if not any(directory.iterdir()):
+    before = _before.pop(str(directory), None)
+    if before is None or any(file not in before for file in directory.glob("environment*.json")):
+        return
+    new = [path for path in directory.rglob("*") if path not in before]
+    for path in sorted(new, reverse=True):  # what is in a directory ahead of it
+        with suppress(OSError):  # there is an error to be told already
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    if directory not in before:
+        with suppress(OSError):
             directory.rmdir()
 
 

@@ -17,9 +17,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from revnet.cli import command
-from revnet.mistakes import is_out_of_memory, leave, mistake
+from revnet.mistakes import is_out_of_memory, leave
+from revnet.processes import rank
 from revnet.reversible import compile_branches, set_chunk_size
-from revnet.run_directory import forget, with_saved_overrides
+from revnet.run_directory import with_saved_overrides
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
     from pytorch_lightning import LightningDataModule, Trainer
@@ -58,8 +59,8 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
             f"the data has one class, {', '.join(data.class_names or ['0'])}, and a classifier needs two: is data.root "
             f"the directory above train/CLASS/, and has each class a folder of its own there?"
         )
-    stride, side = getattr(network, "total_stride", 1), min(data.image_shape[1:])
-    if stride <= side < 2 * stride:
+    side = data.image_shape[-1]
+    if rank() == 0 and getattr(network, "total_stride", None) == side:
         log.warning(
             "of images of %d pixels the last stage sees a single one: take larger images (data.image_size=224), or a "
             "network for small ones (+model.small_images=true)",
@@ -137,6 +138,16 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         )
 
 
+def _devices(trainer: DictConfig) -> int:
+    """How many a trainer's settings ask for on each machine."""
+    devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:
+        return len([device for device in devices.split(",") if device.strip()])
+    if devices in ("auto", -1, "-1"):
+        return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    return int(devices) if isinstance(devices, int | str) else len(devices)
+
+
 def _held(network: torch.nn.Module, cfg: DictConfig) -> int:
     """Bytes that a training holds beside its steps."""
     gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
@@ -145,7 +156,7 @@ def _held(network: torch.nn.Module, cfg: DictConfig) -> int:
     averages = "_target_" in (cfg.callbacks.get("ema") or ())
     strategy = cfg.trainer.strategy
     name = (strategy if isinstance(strategy, str) else strategy._target_).lower()
-    in_buckets = "ddp" in name or (name == "auto" and (cfg.trainer.devices, cfg.trainer.num_nodes) != (1, 1))
+    in_buckets = "ddp" in name or (name == "auto" and (_devices(cfg.trainer) > 1 or cfg.trainer.num_nodes > 1))
     return gradients * (accumulates + in_buckets) + weights * averages
 
 
@@ -236,7 +247,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         default_root_dir=cfg.run_dir,
     )
     cluster = trainer._accelerator_connector.cluster_environment
-    if isinstance(cluster, SLURMEnvironment):  # its checkpoints would be tested, and gone on from, in the place of ours
+    if isinstance(cluster, SLURMEnvironment) and not cfg.trainer.get("plugins"):
+        # Its own checkpoints would be tested, and gone on from, in the place of ours.
         cluster.auto_requeue = False
     if trainer.world_size == 1 and isinstance(trainer.strategy, DDPStrategy):
         raise ValueError(
@@ -256,7 +268,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     with _leaving_when_told(trainer, cfg.run_dir):
         _fit(trainer, task, data, ckpt_path, cfg)
-        if 0 < trained == trainer.global_step:
+        if rank() == 0 and 0 < trained == trainer.global_step:
             log.warning("nothing was left to train: the checkpoint has its %d steps already", trained)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         epochs = trainer.current_epoch
@@ -275,12 +287,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def _say_what_changed(then: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn where a training goes on with another network, task or data than it had."""
     changed = [
-        f"{part}.{key}={now[part].get(key)} (was {then[part].get(key)})"
+        f"{part}.{key}={now[part].get(key)} (was {then.get(part, {}).get(key)})"
         for part in ("model", "task", "data")
-        for key in {**then[part], **now[part]}
-        if then[part].get(key) != now[part].get(key)
+        for key in {**then.get(part, {}), **now[part]}
+        if then.get(part, {}).get(key) != now[part].get(key)
     ]
-    if changed:
+    if changed and rank() == 0:
         log.warning("changed since the checkpoint: %s", ", ".join(changed[:8]))
 
 
@@ -322,23 +334,32 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
         raise ValueError(out_of_memory(task.network, shape, cfg.trainer.precision, optimizer, memory, held)) from error
 
 
+def _was_begun(cfg: DictConfig) -> bool:
+    """Whether a job of a sweep has been here before, as one that a cluster starts again."""
+    from revnet.training import newest_checkpoint, read_checkpoint
+
+    found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))
+    config = {} if found is None else read_checkpoint(found).get("config") or {}
+    return bool(config) and _agree(config, OmegaConf.to_container(cfg, resolve=True))
+
+
+def _agree(filled: Any, asked: Any) -> bool:
+    """Whether a configuration is what was asked for, and filled in where nothing was."""
+    if isinstance(filled, dict) and isinstance(asked, dict):
+        return all(_agree(filled.get(key), asked.get(key)) for key in {**filled, **asked} if key != "ckpt_path")
+    return asked is None or filled == asked
+
+
 @command("train", prepare=lambda: sys.argv.__setitem__(slice(1, None), with_saved_overrides(sys.argv[1:])))
 def main(cfg: DictConfig) -> float | None:
     """Train as the command line says, and give a sweeper its metric."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir
-    run = HydraConfig.get()
-    if run.mode == RunMode.MULTIRUN and cfg.ckpt_path is None and any(Path(cfg.run_dir, "checkpoints").glob("*.ckpt")):
-        cfg.ckpt_path = "last"  # the directory of a sweep is new: a cluster has started this job again
-    begun = set(Path(cfg.run_dir).glob("environment*.json"))
+    if HydraConfig.get().mode == RunMode.MULTIRUN and _was_begun(cfg):
+        cfg.ckpt_path = "last"
     failed = 1
     try:
         metrics = train(cfg)
         failed = 0
-    except Exception as error:
-        refused = mistake(error) is not None and begun == set(Path(cfg.run_dir).glob("environment*.json"))
-        if refused and run.mode == RunMode.RUN and run.output_subdir is not None:
-            forget(Path(cfg.run_dir), run)
-        raise
     finally:
         if "wandb" in sys.modules:  # or the next job of a sweep would write into the run of this one
             sys.modules["wandb"].finish(exit_code=failed)

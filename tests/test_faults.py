@@ -3,6 +3,7 @@
 import csv
 import errno
 import inspect
+import multiprocessing
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf, read_write
+from omegaconf import read_write
 from torch import Tensor, nn
 
 from revnet import train as train_module
@@ -173,6 +174,8 @@ class Fault(pl.Callback):
 
     def _at(self, stage: str, batch: int) -> None:
         if (stage, batch) == (self.stage, self.batch):
+            for process in [*multiprocessing.active_children()]:  # of the loaders
+                os.kill(process.pid, getattr(signal, self.signal))
             os.kill(os.getpid(), getattr(signal, self.signal))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -352,18 +355,25 @@ def test_a_line_of_the_log_that_was_cut_short_is_left_out(tmp_path: Path, capsys
 
 def test_what_was_refused_is_no_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     stopped(tmp_path / "run", capsys)
-    before = {path.name for path in (tmp_path / "run").iterdir()}
+    before = {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")}
     again = ("ckpt_path=last", "callbacks.fault=null")
-    assert train(tmp_path / "run", *again, "optimizer.lr=-1", "seed=7") == 1
-    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+    for refused in ("optimizer.lr=-1", "optimizer.lr=fast", "data.batch_size=1000"):
+        assert train(tmp_path / "run", *again, refused, "seed=7") == 1
+        assert {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")} == before
     assert train(tmp_path / "run", *again) == 0
     assert "seed=7" not in (tmp_path / "run/.hydra_1/overrides.yaml").read_text()
     assert (tmp_path / "run/environment_1.json").is_file()
 
 
-def test_a_training_that_was_refused_leaves_its_directory_to_the_next(tmp_path: Path) -> None:
-    assert train(tmp_path / "run", *TRAINING, "optimizer.lr=-1") == 1
+@pytest.mark.parametrize("refused", ["optimizer.lr=-1", "optimizer.lr=fast", "data.batch_size=1000", "data=cifar10"])
+def test_a_training_that_was_refused_leaves_its_directory_to_the_next(refused: str, tmp_path: Path) -> None:
+    """The last two when the loggers have written already."""
+    options = [option for option in TRAINING if not option.startswith("data.")] if "data=" in refused else TRAINING
+    assert train(tmp_path / "run", *options, "logger=default", refused) == 1
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    assert train(tmp_path / "run", *options, refused) == 1
+    assert list((tmp_path / "run").iterdir()) == []
     assert train(tmp_path / "run", *TRAINING, "trainer.max_steps=1") == 0
 
 
@@ -376,9 +386,10 @@ def test_a_job_of_a_sweep_that_is_started_again_goes_on(
     """As a cluster does it that has put a job off: the same function of the same configuration, nothing else."""
     expected = undisturbed()
     stopped(tmp_path / "run", capsys)
-    cfg = OmegaConf.load(tmp_path / "run/.hydra/config.yaml")
-    cfg.callbacks.fault = None
-    compose("train")
+    directory = f"run_dir={tmp_path / 'run'}"
+    other = compose("train", *TRAINING, directory, "seed=1")
+    assert not train_module._was_begun(other)  # another job of the sweep, in the same directory by mistake
+    cfg = compose("train", *TRAINING, directory)
     hydra = HydraConfig.instance().cfg.hydra
     with read_write(hydra):
         hydra.mode, hydra.runtime.output_dir = RunMode.MULTIRUN, str(tmp_path / "run")
@@ -386,13 +397,14 @@ def test_a_job_of_a_sweep_that_is_started_again_goes_on(
     assert differences(expected, outcome(tmp_path / "run")) == []
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_job_of_slurm_is_told_of_its_time_limit(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     before = signal.getsignal(signal.SIGUSR1)
     fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:5,signal:SIGUSR1}"
-    assert train(tmp_path / "run", *TRAINING, fault) == 143
+    assert train(tmp_path / "run", *TRAINING, f"data.num_workers={workers}", fault) == 143
     assert "after step 5: go on with" in capsys.readouterr().err
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
     assert signal.getsignal(signal.SIGUSR1) == before

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -92,13 +93,15 @@ class ImageFolder(ImageFiles):
             if folder.is_dir() and folder.name not in ("train", "val", "test") and folder.name[0] != "."
         )
         if others:
-            log.warning("%s: passed over, for they are none of train, val and test: %s", self.root, ", ".join(others))
+            rank_zero_only(log.warning)(
+                "%s: passed over, for they are none of train, val and test: %s", self.root, ", ".join(others)
+            )
         self._files = [
             FileImages(*list_images(self.root / name, self.class_names), self.plain()) for name in ("train", *held_out)
         ]
         counts = ", ".join(f"{len(f):,} in {name}" for name, f in zip(("train", *held_out), self._files, strict=True))
         names = f"{', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''}"
-        log.info("%s: images of %d classes (%s): %s", self.root, len(self.class_names), names, counts)
+        rank_zero_only(log.info)("%s: images of %d classes (%s): %s", self.root, len(self.class_names), names, counts)
         read: list[Images] = [*self._files]
         gibibytes = sum(map(len, read)) * 3 * self.image_shape[1] ** 2 / 2**30
         if not self.varies and gibibytes <= self.memory_limit:

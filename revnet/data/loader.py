@@ -30,8 +30,8 @@ class Loader(DataLoader[Batch]):
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a loader's process live on when SIGTERM or Ctrl-C reaches all processes of a run: the trainer ends it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Let a loader's process live on when a signal to stop reaches all processes of a run: the trainer ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -31,6 +31,11 @@ class Shard:
     bytes: int
     unreadable: Sequence[str] = field(default=())
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Shard:
+        """One from its record, which may have more in it."""
+        return cls(**{key: value for key, value in record.items() if key in cls.__dataclass_fields__})
+
     def missing(self, directory: Path) -> str | None:
         """What is wrong with the file, None if it is as long as it should be."""
         file = directory / self.file
@@ -71,7 +76,7 @@ class ShardIndex:
             raise FileNotFoundError(f"{file}: no such file; write it by revnet-shards root=FOLDER out={directory}")
         try:
             content: dict[str, Any] = json.loads(file.read_text())
-            splits = {name: [Shard(**shard) for shard in shards] for name, shards in content["splits"].items()}
+            splits = {name: [Shard.of(shard) for shard in shards] for name, shards in content["splits"].items()}
             return cls(list(content["classes"]), splits)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not an index of shards ({error}); {REMEDY}") from None

@@ -193,7 +193,7 @@ def _read_record(target: Path, conversion: dict[str, Any]) -> list[Shard]:
             f"out={target} holds shards of other images, or made with another shard_size or seed ({file}): "
             "choose another out"
         )
-    return [Shard(**shard) for shard in whole[1:]]
+    return [Shard.of(shard) for shard in whole[1:]]
 
 
 def _write_record(target: Path, conversion: dict[str, Any], finished: Iterable[Shard]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,10 @@ class Classifier(Task):
         loss = self._evaluate(batch, "test", self.test_accuracy)
         self.log("test/loss", loss, batch_size=len(batch[1]), sync_dist=True)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """Return the logits of one batch."""
-        return self._logits(batch[0], self.test_time_flip)
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_index: int) -> Tensor:
+        """Return the logits of one batch, of images alone or with labels."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._logits(images, self.test_time_flip)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, accuracy: Metric) -> Tensor:
         images, labels = batch

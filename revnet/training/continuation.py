@@ -93,7 +93,7 @@ class Continuation(Callback):
             for name in [name for name in trainer.callback_metrics if name.startswith("val/")]:
                 del trainer.callback_metrics[name]
             for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+                if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
                     callback.best_model_path = ""
         loaded, self._loaded = self._loaded, {}
         own = _own(loaded["processes"], trainer)

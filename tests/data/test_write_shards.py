@@ -142,3 +142,11 @@ def test_what_is_no_index_is_named(tmp_path, content):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(ValueError, match=r"index\.json is not an index of shards"):
         ShardIndex.read(tmp_path)
+
+
+def test_an_index_with_more_in_it_is_read(tmp_path):
+    """As that of another version."""
+    shard = {"file": "train-000000.tar", "count": 1, "bytes": 3, "sha256": "0"}
+    (tmp_path / "index.json").write_text(json.dumps({"classes": ["a"], "splits": {"train": [shard]}}))
+    index = ShardIndex.read(tmp_path)
+    assert (index.splits["train"][0].count, index.splits["train"][0].unreadable) == (1, ())

@@ -173,6 +173,8 @@ def test_predictions_are_logits_in_the_order_of_the_images(fit: Fit) -> None:
     classifier = Classifier(tiny_network(), SGD, test_time_flip=True)
     trainer = fit(classifier)
     images = torch.cat([images for images, _ in tiny_batches(3)])
-    found = trainer.predict(classifier, tiny_batches(3))
-    with torch.no_grad():
-        assert torch.cat(found).equal((classifier.eval()(images) + classifier(images.flip(-1))) / 2)
+    alone = DataLoader(images, batch_size=5)
+    for batches in (tiny_batches(3), alone):
+        found = torch.cat(trainer.predict(classifier, batches))
+        with torch.no_grad():
+            assert found.equal((classifier.eval()(images) + classifier(images.flip(-1))) / 2)
