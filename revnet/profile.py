@@ -81,7 +81,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         "environment": {**environment(), **found.get("environment", {}), "command": line},
     }
     file = Path(job.runtime.output_dir, "result.json")
-    file.write_text(json.dumps(cell, indent=2) + "\n")
+    unfinished = file.with_name(".result.json")  # cells side by side read each other's
+    unfinished.write_text(json.dumps(cell, indent=2) + "\n")
+    unfinished.replace(file)
     if not sweeping:
         if cell["status"] == "failed":
             leave("profile", cell["reason"], status=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -161,13 +160,14 @@ def main(starter: int | None = None) -> None:
     if starter is not None:
         threading.Thread(target=_end_with, args=[starter], daemon=True).start()
     cfg = OmegaConf.create(json.load(sys.stdin))
-    with contextlib.redirect_stdout(sys.stderr):
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)  # what Python and libraries print goes to stderr
         try:
             result = {"status": "ok", **profile_cell(cfg)}
         except Exception as error:
             traceback.print_exc()
             result = {"status": "failed", "reason": _reason(error)}
-    json.dump(result, sys.stdout)
+        json.dump(result, answer)
 
 
 if __name__ == "__main__":

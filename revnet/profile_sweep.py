@@ -33,7 +33,11 @@ class ReportSweep(Callback):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         params = (config.hydra.sweeper.get("params") or {}).items()  # those of an experiment
         overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params), *config.hydra.overrides.task])
-        values = {o.get_key_element(): [*o.sweep_string_iterator()] for o in overrides if o.is_discrete_sweep()}
+        values: dict[str, list[str]] = {}
+        for override in overrides:  # the last one of a key counts, also if it gives a single value
+            values.pop(override.get_key_element(), None)
+            if override.is_discrete_sweep():
+                values[override.get_key_element()] = [*override.sweep_string_iterator()]
         self.cells, self.keys = prod(map(len, values.values())), [*values]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -46,6 +50,7 @@ class ReportSweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show the table, and end with status 1 if a cell failed."""
+        write_report(Path(config.hydra.sweep.dir))  # of cells that ended side by side
         cells = end_sweep(Path(config.hydra.sweep.dir))
         failed = sum(cell["status"] == "failed" for cell in cells)
         if failed:

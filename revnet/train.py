@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,8 +149,9 @@ def _devices(trainer: DictConfig) -> int:
     return int(devices) if isinstance(devices, int | str) else len(devices)
 
 
-def _held(network: torch.nn.Module, cfg: DictConfig) -> int:
+def _held(network: torch.nn.Module, cfg: DictConfig, image_shape: tuple[int, ...]) -> int:
     """Bytes that a training holds beside its steps."""
+    laid_out_again = 4 * cfg.data.batch_size * math.prod(image_shape) if cfg.task.get("channels_last") else 0
     gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     accumulates = cfg.trainer.accumulate_grad_batches > 1
@@ -157,7 +159,7 @@ def _held(network: torch.nn.Module, cfg: DictConfig) -> int:
     strategy = cfg.trainer.strategy
     name = (strategy if isinstance(strategy, str) else strategy._target_).lower()
     in_buckets = "ddp" in name or (name == "auto" and (_devices(cfg.trainer) > 1 or cfg.trainer.num_nodes > 1))
-    return gradients * (accumulates + in_buckets) + weights * averages
+    return gradients * (accumulates + in_buckets) + weights * averages + laid_out_again
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -203,6 +205,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data, task = build(cfg)
     if cfg.memory_budget is not None and hasattr(task.network, "log_prob"):
         raise ValueError(f"memory_budget={cfg.memory_budget} is for classifiers: set model.activations for a flow")
+    if cfg.chunk_size is not None:
+        set_chunk_size(task.network, cfg.chunk_size)
     if cfg.memory_budget is not None:
         spend_memory(
             task.network,
@@ -210,12 +214,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
             (cfg.data.batch_size, *data.image_shape),  # type: ignore[attr-defined]
             cfg.trainer.precision,
             instantiate(cfg.optimizer, _convert_="all"),
-            _held(task.network, cfg),
+            _held(task.network, cfg, data.image_shape),  # type: ignore[attr-defined]
         )
     if cfg.compile:
+        if cfg.memory_budget is not None:
+            log.warning("memory_budget=%s is planned for branches that are not compiled", cfg.memory_budget)
         compile_branches(task.network)
-    if cfg.chunk_size is not None:
-        set_chunk_size(task.network, cfg.chunk_size)
     ckpt_path = cfg.ckpt_path
     if ckpt_path == "last":
         found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))
@@ -330,7 +334,7 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
         shape = (cfg.data.batch_size, *data.image_shape)  # type: ignore[attr-defined]
         optimizer = instantiate(cfg.optimizer, _convert_="all")
         memory = memory_of(trainer.strategy.root_device)
-        held = _held(task.network, cfg)
+        held = _held(task.network, cfg, shape[1:])
         raise ValueError(out_of_memory(task.network, shape, cfg.trainer.precision, optimizer, memory, held)) from error
 
 

@@ -183,6 +183,12 @@ def test_cells_that_fail_do_not_stop_a_sweep(capsys: pytest.CaptureFixture, tmp_
     assert {"report.html", "results.csv", "memory.png"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
 
 
+def test_a_single_value_for_what_an_experiment_sweeps_is_no_sweep(capsys: pytest.CaptureFixture) -> None:
+    options = ("mode=estimate", "hydra.sweep.dir=sweep", "hydra.sweeper.params.model='resnet32,revnet38'")
+    assert profile("experiment=memory_vs_speed", *options, "activations=store", "batch_size=2") == 0
+    assert [line[:12] for line in capsys.readouterr().out.splitlines()[:2]] == ["cell 1 of 2:", "cell 2 of 2:"]
+
+
 def test_an_experiment_lays_down_a_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     swept = ("model='resnet32,revnet38'", "activations=store", "batch_size='2'")
     options = ("mode=estimate", "hydra.sweep.dir=sweep", *(f"hydra.sweeper.params.{values}" for values in swept))

@@ -58,8 +58,9 @@ def max_batch(
 
     Args:
         model: any module; it is not changed.
-        budget: bytes, or a size with a unit; see `parse_bytes`. Leave a few percent of a device for what an estimate
-            does not see: workspaces of convolutions, the fragmentation of the allocator, the CUDA context.
+        budget: bytes, or a size with a unit; see `parse_bytes`. Leave part of a device for what an estimate does not
+            see: workspaces of convolutions, the fragmentation of the allocator, the CUDA context. On the one GPU that
+            was measured that was up to a third of the peak of a reconstructed network.
         input_shape: shape of one example, without the batch dimension.
         dtype, optimizer, loss: as for `estimate`.
 

@@ -105,7 +105,8 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module
             # The meta device has neither autocast nor the operators of a device that computes.
             device = "cpu" if t.is_meta else t.device
             fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-            memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+            is_parameter = isinstance(t, nn.Parameter)
+            memo[id(t)] = nn.Parameter(fake, t.requires_grad) if is_parameter else fake.requires_grad_(t.requires_grad)
     return copy.deepcopy(model, memo)
 
 
@@ -137,12 +138,20 @@ def _as_for_real(optimizer: MakeOptimizer) -> MakeOptimizer:
     def build(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         built = optimizer(parameters)
         for group in getattr(built, "param_groups", ()):
-            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            if _takes_all_at_once(built, group):
                 kinds = {p.device.type for p in group["params"]}
                 group["foreach"] = kinds.issubset(_get_foreach_kernels_supported_devices())
         return built
 
     return build
+
+
+def _takes_all_at_once(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether torch chooses so by itself where the device is one for it."""
+    if group.get("foreach", False) is not None or group.get("fused") is not None or group.get("differentiable"):
+        return False  # it has been chosen, or cannot be
+    looped = isinstance(optimizer, torch.optim.Adafactor)
+    return not looped and (not isinstance(group["lr"], Tensor) or bool(group.get("capturable")))
 
 
 class _Told(nn.Module):

@@ -46,8 +46,9 @@ def measure_memory(
         snapshot: where to write the record of the CUDA allocator that pytorch.org/memory_viz reads.
 
     Raises:
-        ValueError: model and input are on different devices, or `snapshot` is given and they are not on a CUDA device.
-        TypeError: the loss is no scalar.
+        ValueError: model and input are on different devices, the loss is no scalar or depends on no parameter, or
+            `snapshot` is given and they are not on a CUDA device.
+        TypeError: the optimizer is none, or no function that makes one.
 
     Example:
         >>> import torch
@@ -63,7 +64,7 @@ def measure_memory(
             f"snapshot={str(snapshot)!r} records the CUDA allocator, but the input is on {input.device}; move model "
             f"and input to a CUDA device or leave it out"
         )
-    with unchanged(model, input.device):
+    with unchanged(model, input):
         if input.device.type != "cuda":
             return memory_of_step(model, input, loss, dtype, optimizer)
         loss_of(model, input, loss, dtype).backward()  # workspaces that libraries keep are there from now on
@@ -110,7 +111,7 @@ def measure_time(
         return time.perf_counter()
 
     moments = []
-    with unchanged(model, input.device):
+    with unchanged(model, input):
         stepper = build_optimizer(model, optimizer)
         for _ in range(warmup + repeats):
             model.zero_grad()
@@ -177,7 +178,7 @@ def measure(
 
 
 def _count_flops(model: nn.Module, input: Tensor, loss: Loss, dtype: torch.dtype | None) -> int:
-    with unchanged(model, input.device), FlopCounterMode(display=False) as counter:
+    with unchanged(model, input), FlopCounterMode(display=False) as counter:
         loss_of(model, input, loss, dtype).backward()
     return counter.get_total_flops()
 

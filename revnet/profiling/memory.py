@@ -86,7 +86,8 @@ def memory_of_step(
             stepping = max(timeline.peak(since=settled), 0 if allocator is None else allocator.most())
     state = [] if stepper is None else [t for t in pytree.tree_leaves(dict(stepper.state)) if isinstance(t, Tensor)]
     activations, temporaries = timeline.peak_parts(between, differentiated, without=[*gradients, *state])
-    parameters, batch, settled_state = bytes_of(fixed), bytes_of([input]), bytes_of(state)
+    batch = bytes_of([input]) if input.is_sparse else input.nbytes  # which may be a slice of a whole data set
+    parameters, settled_state = bytes_of(fixed), bytes_of(state)
     differentiating = timeline.peak(until=differentiated, without=state) + unseen + settled_state
     return Memory(
         parameters=parameters,

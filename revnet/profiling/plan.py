@@ -83,8 +83,8 @@ def plan(
     Args:
         model: a network with reversible sequences, such as every RevNet; it is not changed.
         input_shape: shape of a batch, the batch dimension included.
-        budget: for everything in the step (`Memory.total`): bytes, or a size with a unit (`parse_bytes`). Leave a few
-            percent of a device for workspaces of convolutions and the fragmentation of its allocator.
+        budget: for everything in the step (`Memory.total`): bytes, or a size with a unit (`parse_bytes`). Leave part
+            of a device for what an estimate does not see, see `max_batch`.
         dtype, optimizer, loss: as for `estimate`.
 
     Do not use it where the budget holds the whole step in any case: "store" is what it then gives.

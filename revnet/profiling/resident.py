@@ -81,7 +81,10 @@ def _rise(pickled: bytes, threads: int) -> int:
             stepper.step()
         model.zero_grad()
 
-    step(input[:2])  # loads libraries, starts threads, creates the optimizer's state
+    try:  # loads libraries, starts threads, creates the optimizer's state
+        step(input[:2])
+    except (RuntimeError, ValueError):  # a loss that holds the labels of the batch wants all of it
+        step(input)
     gc.collect()
     with suppress(OSError):  # where it is not permitted, the peak is that of the process so far
         (SELF / "clear_refs").write_text("5")

@@ -73,22 +73,31 @@ def check_device(model: nn.Module, input: Tensor) -> None:
 
 
 @contextmanager
-def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Gives back parameters, buffers, plain attributes and random generators; gradients are cleared around."""
-    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+def unchanged(model: nn.Module, input: Tensor) -> Iterator[None]:
+    """Gives back parameters, buffers, plain attributes and random generators; gradients are cleared around.
+
+    Those of buffers and of the input are given back, too.
+    """
+    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers()) if not _is_expanded(t)]
+    gradients = [(t, t.grad) for t in (*model.buffers(), input) if t.is_leaf]
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     # A layer may have noted that it has seen its first batch, say.
     plain = [
         (vars(module), {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | None)})
         for module in model.modules()
     ]
+    device = input.device
     devices, kind = ([], "cuda") if device.type in ("cpu", "meta") else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         model.zero_grad()
+        for tensor, _ in gradients:
+            tensor.grad = None
         try:
             yield
         finally:
             model.zero_grad()
+            for tensor, gradient in gradients:
+                tensor.grad = gradient
             with torch.no_grad():
                 for tensor, value in values:
                     tensor.copy_(value)
@@ -97,3 +106,8 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
                     slots.update(before)
                 for attributes, values_before in plain:
                     attributes.update({name: value for name, value in values_before.items() if name in attributes})
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Whether several elements have one place in memory, so that nothing can be written there."""
+    return t.layout is torch.strided and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))

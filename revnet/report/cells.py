@@ -24,7 +24,7 @@ def gibibytes(size: float) -> str:
         ('442 MiB', '3.00 GiB')
     """
     for unit in ("B", "KiB", "MiB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.2f} GiB" if size < 100 else f"{size:,.0f} GiB"

@@ -39,7 +39,7 @@ def write_report(directory: Path) -> list[Cell]:
     }
     for name, content in contents.items():
         if content is not None:
-            unfinished = directory / f".{name}"
+            unfinished = directory / f".{name}.{os.getpid()}"
             unfinished.write_bytes(content)
             os.replace(unfinished, directory / name)
     return cells

@@ -178,3 +178,37 @@ def test_cuda_counts_the_allocator_and_records_it(tmp_path):
     assert estimated.peak <= memory.peak
     assert estimated.total <= memory.total <= estimated.total + 128e6  # workspaces of convolutions
     assert (tmp_path / "memory.pickle").stat().st_size > 0
+
+
+class Scaled(nn.Linear):
+    """With a buffer that requires grad, and one whose elements are all in one place."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.register_buffer("scale", torch.ones(8, requires_grad=True))
+        self.register_buffer("mask", torch.ones(1).expand(8))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale * self.mask
+
+
+@pytest.mark.parametrize("take", [measure_memory, measure_time, partial(measure, repeats=1)])
+def test_gradients_of_buffers_and_of_the_input_are_left_as_they_were(take):
+    network, x = Scaled(), torch.randn(4, 8, requires_grad=True)
+    network(x).sum().backward()
+    before = network.scale.grad.clone(), x.grad.clone()
+    take(network, x)
+    assert network.scale.grad.equal(before[0])
+    assert x.grad.equal(before[1])
+
+
+def test_a_slice_of_a_data_set_counts_as_what_it_is():
+    network, images = nn.Linear(8, 8), torch.randn(1000, 8)
+    assert measure_memory(network, images[:4]) == measure_memory(network, images[:4].clone())
+    assert measure_memory(network, images[:4]) == estimate(network, (4, 8))
+
+
+def test_a_buffer_that_requires_grad_is_estimated_as_measured():
+    network = Scaled().requires_grad_(False)
+    network.scale.requires_grad_()
+    assert estimate(network, (4, 8)) == measure_memory(network, torch.randn(4, 8))

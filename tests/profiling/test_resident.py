@@ -27,3 +27,9 @@ def test_mistakes_are_told():
         measure_resident(nn.Linear(2, 2), torch.randn(2, 2), loss=lambda y: y.sum())
     with pytest.raises(ValueError, match="input is on meta"):
         measure_resident(nn.Linear(2, 2), torch.empty(2, 2, device="meta"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_loss_may_hold_the_labels_of_its_batch():
+    labels = partial(nn.functional.cross_entropy, target=torch.zeros(4096, dtype=torch.long))
+    assert measure_resident(nn.Linear(512, 2048), torch.randn(4096, 512), loss=labels) > 4096 * 2048 * 4
