@@ -337,3 +337,17 @@ def test_chunk_size_is_set_in_every_sequence(
 def test_compile_of_a_network_without_sequences_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("compile=true", "model=resnet18", "callbacks=none", "logger=none") == 1
     assert "ResNet holds no ReversibleSequence" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an older GPU")
+    trainer = compose("train", "trainer=gpu", "trainer.precision=bf16-mixed").trainer
+    with pytest.raises(ValueError, match=r"precision=bf16-mixed is not for an older GPU: choose 16-mixed or"):
+        train_module.refuse_contradictions(trainer)
+
+
+def test_one_batch_is_learnt_by_heart(capsys: pytest.CaptureFixture) -> None:
+    assert invoke(train_module.main, "debug=overfit", "trainer=cpu", "threads=1", "run_dir=here") == 0
+    assert rows(capsys.readouterr().out)["train accuracy"] == "100.00 %"
