@@ -105,6 +105,9 @@ def command(
                 leave(config_name, "interrupted", status=130)
             except JobFailed:
                 sys.exit(1)
+            except BrokenPipeError:  # whoever read the output, `| head` say, has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             except SystemExit as stop:
                 line, status = _told_to_stop(stop)
                 if line is None:

@@ -495,6 +495,13 @@ def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture) -> No
         assert part in text
 
 
+def test_a_reader_of_the_help_may_stop_reading() -> None:
+    command = f"{sys.executable} -m revnet.train --help | head -n 1"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert run.stdout.startswith("revnet-train trains a network")
+    assert run.stderr == ""
+
+
 def test_help_and_a_mistyped_name_do_not_wait_for_lightning(tmp_path: Path) -> None:
     code = "import sys, revnet.train, revnet.evaluate, revnet.profile; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
