@@ -54,8 +54,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "revnet38 exact": ("revnet38", {"exact": True}),
     "resnet110": ("resnet110", {}),
     "revnet110": ("revnet110", {"exact": False}),
+    "revnet110 exact": ("revnet110", {"exact": True}),
 }
-TWINS = {"revnet38": "resnet32", "revnet38 exact": "resnet32", "revnet110": "resnet110"}
+TWINS = {"revnet38": "resnet32", "revnet38 exact": "resnet32", "revnet110": "resnet110", "revnet110 exact": "resnet110"}
 
 
 def run(network: str, seed: int, options: argparse.Namespace) -> Row:
