@@ -161,6 +161,7 @@ def test_workers_share_the_reading_of_many_images(tmp_path):
 
 
 def test_unreadable_images_are_left_out_of_memory(tmp_path, caplog):
+    caplog.set_level("WARNING")
     broken = [corrupt(fill(tmp_path) / "train" / "red" / "3.png"), corrupt(tmp_path / "test" / "blue" / "0.png")]
     data = ImageFolder(tmp_path, val_fraction=0, skip_unreadable=True)
     data.setup()
@@ -172,6 +173,7 @@ def test_unreadable_images_are_left_out_of_memory(tmp_path, caplog):
 @pytest.mark.filterwarnings(FORK)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_readable_image_of_the_same_split_stands_in(tmp_path, caplog, num_workers):
+    caplog.set_level("WARNING")
     fill(tmp_path)
     options = {"memory_limit": 0, "num_workers": num_workers, "batch_size": 9, "val_fraction": 0.1}
     data = ImageFolder(tmp_path, normalization="symmetric", skip_unreadable=True, **options)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from revnet import AdditiveCoupling, ReversibleBlock, ReversibleSequence
-from revnet.reversible import Merge, Split
+from revnet.reversible import Coupling, Merge, Split, Step
+from revnet.reversible.coupling import SUBTRACTION
 from tests.reversible.networks import EVERY, EXACT, MODES, same
 
 C = 6
@@ -408,6 +409,380 @@ class Differentiates(Inner):
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(self.first(leaf).tanh().sum(), leaf, create_graph=True)
         return self.last(gradient)
+
+
+class BiasedAttention(Inner):
+    """torch chooses another kernel for it where it need give no gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+
+    def forward(self, x):
+        h = self.first(x)[None, None]
+        return self.last(F.scaled_dot_product_attention(h, h, h, attn_mask=self.bias)[0, 0])
+
+
+@EXACT
+@pytest.mark.parametrize("branch", [SideChannel, Differentiates, BiasedAttention])
+def test_what_cannot_be_reconstructed_is_recomputed_with_the_gradients_of_store(branch, exact):
+    inputs, found = halves(batch=8), []
+    for activations in ("store", "recompute"):
+        network, own = blocks_of(branch, activations, exact), [x.detach().requires_grad_() for x in inputs]
+        total = loss(network(*own)) + sum(m.loss for m in network.modules() if isinstance(m, SideChannel))
+        total.backward()
+        found.append([t.grad for t in (*network.parameters(), *own)])
+    assert all(map(torch.equal, *found))
+
+
+class DifferentiatesWhatItDraws(nn.Module):
+    """Draws and counts ahead of the gradient that it takes within itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm1d(C, dtype=torch.float64), linear()
+
+    def forward(self, x):
+        energy = F.dropout(self.inner(self.norm(x)), 0.5).tanh().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@EXACT
+def test_a_recomputed_branch_that_differentiates_inside_itself_draws_and_counts_once(exact):
+    inputs, found = halves(), []
+    for activations in ("store", "recompute"):
+        network = blocks_of(DifferentiatesWhatItDraws, activations, exact)
+        own = [x.detach().requires_grad_() for x in inputs]
+        torch.manual_seed(3)
+        outputs = network(*own)
+        loss(outputs).backward()
+        found.append([*outputs, *(t.grad for t in (*network.parameters(), *own)), *network.buffers(), torch.rand(3)])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Scaled(nn.Module):
+    """Its weights have the shape of what is computed with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4, C), 2.0, dtype=torch.float64))
+
+    def forward(self, x):
+        return (x * self.weight).sin()
+
+
+@MODES
+@pytest.mark.parametrize("trained", [False, True], ids=["unfrozen", "frozen"])
+def test_a_parameter_that_is_frozen_or_unfrozen_between_the_passes(activations, exact, trained):
+    inputs, found = halves(), []
+    for value in (activations, "store"):
+        network, own = blocks_of(Scaled, value, exact), [x.detach().requires_grad_() for x in inputs]
+        network.requires_grad_(trained)
+        total = loss(network(*own))
+        network.requires_grad_(not trained)
+        total.backward()
+        found.append([x.grad for x in own])
+    assert same(*found, exact)
+
+
+@MODES
+def test_a_forward_pass_that_raises_leaves_nothing_behind(activations, exact):
+    class Raises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, x):
+            self.inner(x)
+            raise ArithmeticError("planned")
+
+    with pytest.raises(ArithmeticError, match="planned") as caught:
+        blocks_of(Raises, activations, exact)(*halves())
+    weight = torch.ones(3, requires_grad=True)
+    weight.square().sum().backward()  # while the exception is held, and with it the frames that it came through
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
+    assert caught.value is not None
+
+
+class HoldsStatistics(nn.Module):
+    """Normalises with what its BatchNorm holds, without calling it, as fused operations do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(C, dtype=torch.float64)
+
+    def forward(self, x):
+        norm = self.norm
+        running = norm.running_mean, norm.running_var
+        return F.batch_norm(x, *running, norm.weight, norm.bias, norm.training, norm.momentum).tanh()
+
+
+class ReadsStatistics(HoldsStatistics):
+    """Reads the running variance in training, then moves it, as batch renormalisation does."""
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(x, 0, unbiased=False)
+        ratio = (variance / self.norm.running_var).sqrt().detach()
+        with torch.no_grad():
+            self.norm.running_var.lerp_(variance, 0.5)
+        return ((x - mean) / (variance + 1e-5).sqrt() * ratio * self.norm.weight + self.norm.bias).tanh()
+
+
+def instance_norm():
+    norm = nn.InstanceNorm1d(C, affine=True, track_running_stats=True, dtype=torch.float64)
+    return nn.Sequential(
+        nn.Unflatten(1, (C, 1)), nn.ConstantPad1d((0, 3), 1.0), norm, nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    )
+
+
+@pytest.mark.parametrize("branch", [HoldsStatistics, ReadsStatistics, instance_norm])
+@MODES
+def test_statistics_that_a_branch_reads_itself_count_once_and_give_the_gradients_of_store(branch, activations, exact):
+    found = []
+    for value in (activations, "store"):
+        network = blocks_of(branch, value, exact)
+        torch.manual_seed(2)
+        inputs = halves()
+        for _ in range(2):
+            gradients(network, inputs)
+        found.append(([p.grad for p in network.parameters()], list(network.buffers())))
+    (grads, buffers), (truth, expected) = found
+    assert same(grads, truth, exact)
+    assert same(buffers, expected, exact)
+
+
+class OwnParameter(nn.Parameter):
+    """A kind of parameter, as those on manifolds are."""
+
+
+class HoldsOwnParameter(nn.Linear):
+    def __init__(self):
+        super().__init__(C, C, dtype=torch.float64)
+        self.weight = OwnParameter(self.weight.detach().clone())
+
+    def forward(self, x):
+        assert type(self.weight) is OwnParameter
+        return super().forward(x).tanh()
+
+
+@MODES
+def test_a_subclass_of_parameter_stays_one(activations, exact):
+    assert_as_store(HoldsOwnParameter, activations, exact)
+
+
+@MODES
+def test_noise_that_is_saved_ahead_of_being_drawn_is_drawn_again(activations, exact):
+    found = []
+    for value in (activations, "store"):
+        network, inputs = blocks_of(lambda: nn.Sequential(linear(), nn.RReLU(0.1, 0.9)), value, exact), halves()
+        torch.manual_seed(3)
+        for x in inputs:
+            x.data = torch.randn(4, C, dtype=torch.float64)
+        found.append(gradients(network, inputs))
+    assert same(*found, exact)
+
+
+class FoldedNorm(nn.Module):
+    """A linear layer whose weight is scaled by the statistics of the normalisation behind it, ahead of their update."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = linear(), nn.BatchNorm1d(C, dtype=torch.float64)
+
+    def forward(self, x):
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return self.norm(F.linear(x, (self.linear.weight * scale[:, None]).tanh()) / scale)
+
+
+def fold(norm):
+    return norm.weight / (norm.running_var + norm.eps).sqrt()
+
+
+class FoldedByAFunction(FoldedNorm):
+    def forward(self, x):
+        scale = fold(self.norm)
+        return self.norm(F.linear(x, (self.linear.weight * scale[:, None]).tanh()) / scale)
+
+
+class FoldedByADecoratedProperty(FoldedNorm):
+    @property
+    @torch.no_grad()
+    def scale(self):
+        return (self.norm.running_var + self.norm.eps).rsqrt()
+
+    def forward(self, x):
+        return self.norm(self.linear(x) * self.scale)
+
+
+class Gain(nn.BatchNorm1d):
+    """A normalisation with a buffer of its own, which a hook reads and changes."""
+
+    def __init__(self):
+        super().__init__(C, dtype=torch.float64)
+        self.register_buffer("gain", torch.ones(C, dtype=torch.float64))
+        self.register_forward_hook(Gain.apply_gain)
+
+    def apply_gain(self, inputs, output):
+        result = output * self.gain.clone()
+        self.gain.mul_(1.5)
+        return result
+
+
+class FoldedByTorch(nn.Module):
+    """torch's own module for training with quantised weights, which folds its normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+        self.inner = torch.ao.nn.intrinsic.qat.ConvBn2d(C, C, 1, qconfig=qconfig)
+
+    def forward(self, x):
+        return self.inner(x[..., None, None].float())[..., 0, 0].double()
+
+
+class UncountedStatistics(nn.Module):
+    """Statistics in buffers, which `F.batch_norm` writes without autograd's counting it, and which are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("m", torch.zeros(C, dtype=torch.float64))
+        self.register_buffer("v", torch.ones(C, dtype=torch.float64))
+
+    def forward(self, x):
+        x = self.inner(x)
+        scale = (x.var(0) / self.v).sqrt().detach()
+        return F.batch_norm(x, self.m, self.v, training=True) * scale
+
+
+@EVERY
+@EXACT
+@pytest.mark.parametrize(
+    "branch", [FoldedNorm, FoldedByAFunction, FoldedByADecoratedProperty, FoldedByTorch, Gain, UncountedStatistics]
+)
+def test_statistics_are_read_as_they_were_in_the_first_evaluation(branch, activations, exact):
+    networks = [blocks_of(branch, value, exact) for value in (activations, "store")]
+    for step in range(3):
+        torch.manual_seed(step)
+        inputs = [2 * x.detach() for x in halves()]
+        found, truth = (gradients(network, [x.clone().requires_grad_() for x in inputs]) for network in networks)
+        assert same(found, truth, exact)
+        for network in networks:
+            network.zero_grad()
+    assert all(a.allclose(b) for a, b in zip(*(network.buffers() for network in networks), strict=True))
+    assert any(buffer.ne(0).any() for buffer in networks[0].buffers())
+
+
+@EVERY
+def test_a_log_determinant_may_be_added_to_in_place(activations):
+    (y1, y2), log_det = blocks_of(linear, activations, False).forward_and_log_det(*halves())
+    log_det += y1.square().sum(1) + y2.square().sum(1)
+    log_det.sum().backward()
+    assert log_det.shape == (4,)
+
+
+class Kick(Coupling):
+    """y2 = x2 - f(x1), as in a leapfrog."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def steps(self):
+        return (Step(self.f, 1, SUBTRACTION),)
+
+
+@EVERY
+def test_a_subtraction_is_one_in_exact_mode_too(activations):
+    f, (x1, x2) = linear().float(), [x.float() for x in halves()]
+    network = ReversibleSequence([Kick(f)], activations)
+    y1, y2 = network(x1, x2)
+    torch.testing.assert_close(y2, x2 - f(x1), atol=2**-15, rtol=0)
+    z1, z2 = network.inverse(y1, y2)
+    assert z1.equal(y1)
+    torch.testing.assert_close(z2, x2, atol=2**-15, rtol=0)
+
+
+class Mixing(nn.Module):
+    """An invertible layer that computes in half precision under autocast, on the way back too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(2 * C, 2 * C))[0])
+
+    def forward(self, a, b):
+        return (torch.cat((a, b), 1) @ self.weight).chunk(2, 1)
+
+    def inverse(self, a, b):
+        return (torch.cat((a, b), 1) @ self.weight.T).chunk(2, 1)
+
+
+def test_the_stream_is_undone_in_full_precision_behind_a_layer_that_autocast_narrows():
+    network = ReversibleSequence([AdditiveCoupling(linear().float()), Mixing()], exact=False)
+    seen = []
+    network[0].branch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network(*(x.float() for x in halves()))
+        assert [x.dtype for x in network.inverse(*(y.detach() for y in outputs))] == [torch.float32] * 2
+    loss(outputs).backward()
+    assert seen == [torch.float32] * len(seen)
+
+
+def test_cached_parametrisations_elsewhere_leave_a_sequence_as_it_is():
+    network, inputs = blocks_of(linear, "reconstruct", False), halves()
+    with nn.utils.parametrize.cached():
+        outputs = network(*inputs)
+    assert "_ReversibleFunction" in type(outputs[0].grad_fn).__name__
+
+
+class Film(nn.Module):
+    """Modulated by buffers that are there for the forward pass alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("shift", None)
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        return self.inner(x).tanh() * self.scale + self.shift
+
+
+@EVERY
+@EXACT
+@pytest.mark.parametrize("later", [None, torch.zeros(C, dtype=torch.float64)], ids=["none", "one for all"])
+def test_buffers_that_become_one_and_the_same_between_the_passes_are_read_as_they_were(activations, exact, later):
+    inputs, found = halves(), []
+    for value in (activations, "store"):
+        network = blocks_of(Film, value, exact)
+        films = [module for module in network.modules() if isinstance(module, Film)]
+        for number, film in enumerate(films):
+            film.shift = torch.full((C,), 0.1 * number, dtype=torch.float64)
+            film.scale = torch.full((C,), 0.5 + number, dtype=torch.float64)
+        total = loss(network(*(x.detach() for x in inputs)))
+        for film in films:
+            film.shift = film.scale = later
+        total.backward()
+        found.append([p.grad for p in network.parameters()])
+        assert all(film.shift is film.scale is later for film in films)
+    assert same(*found, exact)
+
+
+@EVERY
+@EXACT
+def test_a_buffer_in_two_places_stays_one_in_the_second_evaluation(activations, exact):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = linear(), nn.Module()
+            self.register_buffer("count", torch.ones(C, dtype=torch.float64))
+            self.other.register_buffer("count", self.count)
+
+        def forward(self, x):
+            self.count.add_(1)
+            return self.inner(x).tanh() / self.other.count.clone()
+
+    assert_as_store(Shared, activations, exact)
 
 
 class MixedTokens(nn.Module):
