@@ -91,10 +91,9 @@ def command(
 
         @functools.wraps(task)
         def main() -> None:
+            # So that `model._target_=mine.Net` finds a module of the working directory, as with `python -m`.
             if os.getcwd() not in sys.path:
-                sys.path.append(
-                    os.getcwd()
-                )  # so that `model._target_=mine.Net` finds a module here, as `python -m` does
+                sys.path.append(os.getcwd())
             _check_flags(config_name)
             if os.environ.get(FULL_ERROR) == "1":
                 return run(task)

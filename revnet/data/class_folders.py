@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-__all__ = ["class_names", "list_images"]
+__all__ = ["class_names", "few", "list_images"]
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 
@@ -47,7 +47,7 @@ def list_images(directory: Path, names: Sequence[str]) -> tuple[list[str], Tenso
     lacking, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if lacking or unknown:
         raise ValueError(
-            f"{directory} has other classes than the training images: {_few(lacking)} lacking, {_few(unknown)} "
+            f"{directory} has other classes than the training images: {few(lacking)} lacking, {few(unknown)} "
             f"unknown; give both the same class folders"
         )
     paths: list[str] = []
@@ -66,5 +66,6 @@ def list_images(directory: Path, names: Sequence[str]) -> tuple[list[str], Tenso
     return paths, torch.tensor(labels)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
     return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Subset
 
-from revnet.data.class_folders import class_names, list_images
+from revnet.data.class_folders import class_names, few, list_images
 from revnet.data.datasets import Batch, FileImages, ReadableImages, TensorImages
 from revnet.data.image_files import ImageFiles
 from revnet.data.module import Images
@@ -100,8 +100,8 @@ class ImageFolder(ImageFiles):
             FileImages(*list_images(self.root / name, self.class_names), self.plain()) for name in ("train", *held_out)
         ]
         counts = ", ".join(f"{len(f):,} in {name}" for name, f in zip(("train", *held_out), self._files, strict=True))
-        names = f"{', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''}"
-        rank_zero_only(log.info)("%s: images of %d classes (%s): %s", self.root, len(self.class_names), names, counts)
+        classes = len(self.class_names), few(self.class_names)
+        rank_zero_only(log.info)("%s: images of %d classes (%s): %s", self.root, *classes, counts)
         read: list[Images] = [*self._files]
         gibibytes = sum(map(len, read)) * 3 * self.image_shape[1] ** 2 / 2**30
         if not self.varies and gibibytes <= self.memory_limit:

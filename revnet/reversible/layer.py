@@ -112,7 +112,7 @@ def apply_layer(
 
 def _dense(x: Tensor) -> Tensor:
     """The tensor without gaps between its elements, and each of them once."""
-    if torch.compiler.is_compiling() or is_transformed():
+    if is_transformed():
         return x
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x if span == x.numel() or not x.numel() else x.clone()
