@@ -1,14 +1,15 @@
 """RevNets against their ResNet twins on CIFAR-10: test error, time to accuracy, peak memory.
 
-The same recipe for all: bf16 autocast, channels_last, one cycle of SGD with Nesterov momentum, batch 128, shifts,
-mirror images, cutout, label smoothing. The epoch that is best on a fixed tenth of the training images is tested, once
-as it is and once with the logits of every image and its mirror image averaged. Activations are stored where the
-network is no RevNet, reconstructed where it is: "revnet38" in floating point, "revnet38 exact" on the grid. In ROOT
-lies torchvision's CIFAR-10, or with --data image_folder a folder of images; what is in ROOT/train and ROOT/test then
-decides what the figures mean, and NAME says it.
+The same recipe for all: bf16 autocast, channels_last, batch 128, shifts, mirror images, cutout, label smoothing, one
+cycle of SGD with Nesterov momentum, or with --recipe muon of Muon, with averaged weights (needs timm). The epoch that
+is best on a fixed tenth of the training images is tested, once as it is and once with the logits of every image and
+its mirror image averaged. Activations are stored where the network is no RevNet, reconstructed where it is: "revnet38"
+in floating point, "revnet38 exact" on the grid; "revnet38 exact stored" stores them and comes to the same bits in less
+time. In ROOT lies torchvision's CIFAR-10, or with --data image_folder a folder of images; what is in ROOT/train and
+ROOT/test then decides what the figures mean, and NAME says it.
 
-    python experiments/cifar10_accuracy.py ROOT [--data cifar10] [--name CIFAR-10] [--epochs 30] [--seeds 0 1 2]
-        [--networks resnet32 revnet38 "revnet38 exact"] [--device cpu] [--threads 1]
+    python experiments/cifar10_accuracy.py ROOT [--data cifar10] [--name CIFAR-10] [--recipe sgd] [--epochs 30]
+        [--seeds 0 1 2] [--networks resnet32 revnet38 "revnet38 exact"] [--device cpu] [--threads 1]
 
 Each run is written as it ends to experiments/results/cifar10_HARDWARE_DATE.json, with its whole configuration; one that
 is there already is not repeated, one that was stopped goes on. The picture beside it shows the curves.
@@ -52,11 +53,14 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet32": ("resnet32", {}),
     "revnet38": ("revnet38", {"exact": False}),
     "revnet38 exact": ("revnet38", {"exact": True}),
+    "revnet38 exact stored": ("revnet38", {"exact": True, "activations": "store"}),
     "resnet110": ("resnet110", {}),
     "revnet110": ("revnet110", {"exact": False}),
     "revnet110 exact": ("revnet110", {"exact": True}),
+    "revnet110 exact stored": ("revnet110", {"exact": True, "activations": "store"}),
 }
-TWINS = {"revnet38": "resnet32", "revnet38 exact": "resnet32", "revnet110": "resnet110", "revnet110 exact": "resnet110"}
+TWINS = {"revnet38": "resnet32", "revnet110": "resnet110"}
+RECIPES = {"sgd": ("cifar10_fast", ("data.batch_size=128", "optimizer.lr=0.1")), "muon": ("cifar10_muon", ())}
 
 
 def run(network: str, seed: int, options: argparse.Namespace) -> Row:
@@ -64,16 +68,18 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
     all_threads = torch.get_num_threads()
     name, arguments = NETWORKS[network]
     data = re.sub(r"[^a-z0-9]+", "-", options.name.lower()).strip("-")
+    experiment, changes = RECIPES[options.recipe]
     directory = ROOT / "runs" / data / f"{network.replace(' ', '_')}_{seed}_{options.epochs}_{options.device}"
+    if options.recipe != "sgd":
+        directory = directory.with_name(f"{directory.name}_{options.recipe}")
     cfg = compose(
         "train",
-        "experiment=cifar10_fast",
+        f"experiment={experiment}",
+        *changes,
         f"model={name}",
         *(f"model.{key}={value}" for key, value in arguments.items()),
         f"data={options.data}",
         f"data.root='{Path(options.root).resolve()}'",
-        "data.batch_size=128",
-        "optimizer.lr=0.1",
         f"trainer={'cpu' if options.device == 'cpu' else 'gpu'}",
         "trainer.precision=bf16-mixed",
         f"trainer.max_epochs={options.epochs}",
@@ -135,10 +141,17 @@ def error(row: Row) -> float:
     return 100 * (1 - row["test_accuracy"])
 
 
-def difference(rows: Iterable[Row], network: str, epochs: int) -> tuple[float, tuple[float, float] | None] | None:
+def kind(row: Row) -> tuple[str, str, int]:
+    """Network, recipe and epochs: what runs of several seeds have in common."""
+    recipe = next(name for name, (experiment, _) in RECIPES.items() if experiment == row["configuration"]["experiment"])
+    return row["network"], recipe, row["epochs"]
+
+
+def difference(rows: Iterable[Row], own_kind: tuple[str, str, int]) -> tuple[float, tuple[float, float] | None] | None:
     """Mean test error of a RevNet less that of its twin, in points, and the 95 % interval (Welch)."""
-    rows = [row for row in rows if row["epochs"] == epochs]
-    own, twin = ([error(row) for row in rows if row["network"] == name] for name in (network, TWINS.get(network)))
+    network, *training = own_kind
+    twin_kind = (TWINS.get(network.split()[0]), *training)
+    own, twin = ([error(row) for row in rows if kind(row) == wanted] for wanted in (own_kind, twin_kind))
     if not own or not twin:
         return None
     if min(len(own), len(twin)) < 2:
@@ -149,12 +162,13 @@ def difference(rows: Iterable[Row], network: str, epochs: int) -> tuple[float, t
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    kinds = list(dict.fromkeys(map(kind, rows)))
     for row in rows:
         curve = [100 * value for value in row["val_accuracy"]]
         epochs = range(1, len(curve) + 1)
-        color = f"C{list(NETWORKS).index(row['network'])}"
-        first = next(other for other in rows if other["network"] == row["network"])
-        label = row["network"] if row is first else None
+        color = f"C{kinds.index(kind(row))}"
+        first = next(other for other in rows if kind(other) == kind(row))
+        label = "{}, {}, {} epochs".format(*kind(row)) if row is first else None
         axes[0].plot(epochs, curve, color=color, linewidth=1, label=label)
         if timed(row):
             axes[1].plot([row["seconds_per_epoch"] / 60 * epoch for epoch in epochs], curve, color=color, linewidth=1)
@@ -170,11 +184,11 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
 
 def show(rows: list[Row], title: str) -> None:
-    columns = ("epochs", "seeds", "test error, %", "less twin's, points", "with flip, %")
+    columns = ("recipe", "epochs", "seeds", "test error, %", "less twin's, points", "with flip, %")
     table = Table("", *columns, "s per epoch", "minutes to 90 %", "activations, MB", title=title)
-    for network, epochs in dict.fromkeys((row["network"], row["epochs"]) for row in rows):
-        own = [row for row in rows if (row["network"], row["epochs"]) == (network, epochs)]
-        found = difference(rows, network, epochs)
+    for network, recipe, epochs in dict.fromkeys(map(kind, rows)):
+        own = [row for row in rows if kind(row) == (network, recipe, epochs)]
+        found = difference(rows, (network, recipe, epochs))
         less = "" if found is None else f"{found[0]:+.2f}"
         if found is not None and found[1] is not None:
             less += f" ({found[1][0]:+.2f} to {found[1][1]:+.2f})"
@@ -182,6 +196,7 @@ def show(rows: list[Row], title: str) -> None:
         reached = [minutes for row in alone if (minutes := minutes_to(row, 0.9)) is not None]
         table.add_row(
             network,
+            recipe,
             str(epochs),
             " ".join(str(row["seed"]) for row in own),
             f"{mean(map(error, own)):.2f}  ({', '.join(f'{error(row):.2f}' for row in own)})",
@@ -210,6 +225,7 @@ def main() -> None:
     parser.add_argument("root", help="of torchvision's CIFAR-10, or folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--data", default="cifar10", choices=("cifar10", "image_folder"))
     parser.add_argument("--name", default="CIFAR-10", help="what the images are, for the record")
+    parser.add_argument("--recipe", default="sgd", choices=RECIPES)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3])
@@ -224,8 +240,8 @@ def main() -> None:
     path, rows = resumed("cifar10", settings, options.device)
     for seed in options.seeds:
         for network in options.networks:
-            key = (network, seed, options.epochs)
-            if key not in [(row["network"], row["seed"], row["epochs"]) for row in rows]:
+            key = (network, options.recipe, options.epochs), seed
+            if key not in [(kind(row), row["seed"]) for row in rows]:
                 row = run(network, seed, options)
                 # Another process may have written its own meanwhile.
                 rows = [*resumed("cifar10", settings, options.device, path)[1], row]
