@@ -149,7 +149,7 @@ def lines(text: str) -> list[str]:
         (["hydra.launcher.n_job=2"], r"unknown key 'hydra.launcher.n_job'; hydra.launcher has no keys .*"),
         (["scheduler=null"], r"scheduler=null names no option; valid: constant, cosine, one_cycle, step"),
         (["seed=1", "scheduler=3"], r"scheduler=3 names no option; valid: constant, .*"),
-        (["+optimizer=adam"], r"unknown optimizer 'adam'; did you mean 'adamw'\? valid: adamw, sgd"),
+        (["+optimizer=adam"], r"unknown optimizer 'adam'; did you mean 'adamw'\? valid: adamw, muon, sgd"),
         (["+optimizer=sgd"], r"optimizer has an option already: choose another by optimizer=OPTION, without the \+"),
         (["+experiment=cifar10_fast"], r"experiment has an option already: choose another by experiment=OPTION, .*"),
         (["lr", "0.1"], r"cannot read 'lr': write KEY=VALUE, such as optimizer.lr=0.05"),

@@ -1,6 +1,7 @@
 """Every option of every group, and every experiment, makes what it says."""
 
 import re
+import sys
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -164,6 +165,15 @@ def test_a_logger_whose_package_is_missing_names_what_to_install(package: str, t
     with pytest.raises(InstantiationException) as info:
         make(node)
     assert str(mistake(info.value)).endswith(f"{package} is not installed: pip install 'revnet[loggers]'")
+
+
+def test_an_optimizer_whose_package_is_missing_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InstantiationException) as info:
+        make(compose("train", "optimizer=muon").optimizer)
+    assert str(mistake(info.value)).endswith("timm is not installed: pip install 'revnet[timm]'")
 
 
 @pytest.mark.parametrize("callbacks", options("callbacks"))
