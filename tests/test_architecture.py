@@ -32,7 +32,7 @@ LAYERS = {
         *("numpy", "PIL", "rich", "sklearn"),
     },
     "revnet.training": {
-        *("revnet.profiling", "revnet.reversible"),
+        *("revnet.flows", "revnet.profiling", "revnet.reversible"),
         *("torch", "torchvision", "pytorch_lightning", "torchmetrics", "numpy", "rich"),
     },
     "revnet.report": {"rich", "matplotlib", "jinja2"},

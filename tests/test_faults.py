@@ -571,6 +571,32 @@ def test_a_step_that_takes_more_memory_than_there_is_says_what_fits(
     )
 
 
+# Behind the first step, which has started torch's threads.
+LIMIT = """
+import resource
+from pathlib import Path
+from revnet.training import LastCheckpoint
+own = LastCheckpoint.on_train_batch_end
+def limit(*args):
+    own(*args)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**26, resource.getrlimit(resource.RLIMIT_AS)[1]))
+LastCheckpoint.on_train_batch_end = limit
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_process_that_gets_no_more_memory_ends_in_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", *TRAINING, "data.image_shape=[3,64,64]", "data.batch_size=128", script=LIMIT)
+    line = process.communicate()[1].splitlines()[-1]
+    assert process.returncode == 1
+    assert re.search(
+        r"out of memory at a batch of 128 images of shape \(3, 64, 64\): there are [\d,]+ MB in all, and the training "
+        r"takes \d+ MB: something else holds the rest",
+        line,
+    ), line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

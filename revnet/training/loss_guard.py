@@ -11,6 +11,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
+from revnet.flows import NonFiniteError
+
 __all__ = ["LossGuard"]
 
 SHOWN = 8  # images in a message
@@ -29,7 +31,8 @@ class LossGuard(Callback):
     `ImageDataModule.batch_indices`) and the largest reconstruction error. On a CPU the loss is looked at before its
     backward pass, so that the step is not taken. On an accelerator it is copied in the background and looked at when it
     has arrived, so that no step waits for the device; a checkpoint waits for what is on its way, and is not written if
-    a loss or a weight is not finite.
+    a loss or a weight is not finite. A flow finds by itself that its values are not finite; its error is told where in
+    the training it came.
 
     Raises:
         ValueError: at such a loss, and at such a weight when a checkpoint is to be written.
@@ -47,7 +50,7 @@ class LossGuard(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Take the loss of a batch."""
-        step = _Step(trainer.global_step + 1, trainer.current_epoch, trainer.fit_loop.batch_idx)
+        step = self._step(trainer)
         loss = loss.detach()
         if loss.device.type == "cpu":
             self._judge(float(loss), step, trainer)
@@ -88,6 +91,11 @@ class LossGuard(Callback):
                 "trainer.gradient_clip_val"
             )
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say where a flow has met values that are not finite."""
+        if isinstance(exception, NonFiniteError) and trainer.training:
+            exception.args = (f"{exception} (at {_where(trainer, self._step(trainer))}{self._errors()})",)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the last losses."""
         self._judge_all(trainer)
@@ -106,10 +114,13 @@ class LossGuard(Callback):
             return
         self._pending.clear()
         raise ValueError(
-            f"the loss is {loss} at step {step.number} (epoch {step.epoch}, batch {step.batch}"
-            f"{_images(trainer, step)}){self._errors()}: the training diverges or these images are bad; resume the "
-            "last checkpoint with a lower optimizer.lr or with trainer.gradient_clip_val"
+            f"the loss is {loss} at {_where(trainer, step)}{self._errors()}: the training diverges or these images are "
+            "bad; resume the last checkpoint with a lower optimizer.lr or with trainer.gradient_clip_val"
         )
+
+    @staticmethod
+    def _step(trainer: pl.Trainer) -> _Step:
+        return _Step(trainer.global_step + 1, trainer.current_epoch, trainer.fit_loop.batch_idx)
 
     def _errors(self) -> str:
         errors = {name: float(error) for name, error in self._drift.items()}
@@ -117,6 +128,10 @@ class LossGuard(Callback):
             return ""
         name = max(errors, key=lambda name: (not math.isfinite(errors[name]), errors[name]))
         return f", the largest reconstruction error last seen is {errors[name]:.1e}, in {name!r}"
+
+
+def _where(trainer: pl.Trainer, step: _Step) -> str:
+    return f"step {step.number} (epoch {step.epoch}, batch {step.batch}{_images(trainer, step)})"
 
 
 def _images(trainer: pl.Trainer, step: _Step) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ __all__ = ["spend_memory", "out_of_memory", "memory_of"]
 log = logging.getLogger(__name__)
 
 HEADROOM = 0.9  # of a device; the rest is for workspaces of convolutions and what the allocator cannot use
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of Linux, versions 1 and 2
 DTYPES = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -108,7 +110,8 @@ def out_of_memory(
 def memory_of(device: torch.device) -> int:
     """Bytes that a process may have on a device.
 
-    Of a GPU those that are free or already this process's; else the smaller of the machine's and the process's limit.
+    Of a GPU those that are free or already this process's; else the least of the machine's, of the process's limit and
+    of the limits of its control groups, such as a container's or a job's.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -118,4 +121,18 @@ def memory_of(device: torch.device) -> int:
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return physical if limit == resource.RLIM_INFINITY else min(limit, physical)
+    return min([physical, *([] if limit == resource.RLIM_INFINITY else [limit]), *_limits_of_groups()])
+
+
+def _limits_of_groups() -> Iterator[int]:
+    """Of memory, in bytes; a group's holds for every group in it, and a container may see its own as the root."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CONTROL_GROUPS / "memory" if controllers else CONTROL_GROUPS
+        group = root / path.lstrip("/")
+        for directory in (group, *group.parents[: len(group.relative_to(root).parts)]):
+            limit = directory / ("memory.limit_in_bytes" if controllers else "memory.max")
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                yield int(text)

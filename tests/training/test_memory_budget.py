@@ -3,6 +3,7 @@
 import logging
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from revnet.models import revnet38
 from revnet.profiling import estimate, measure_memory
 from revnet.reversible import slots
-from revnet.training import out_of_memory, spend_memory
+from revnet.training import memory_budget, memory_of, out_of_memory, spend_memory
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 SHAPE = (8, 3, 16, 16)
@@ -61,3 +62,28 @@ def test_what_did_not_fit_is_told_with_what_would() -> None:
     assert "memory_budget=12MB keeps" in beside
     assert "something else holds the rest" in out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 10**9)
     assert "a batch of 1 takes" in out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 1000)
+
+
+@pytest.mark.parametrize(
+    ("own_groups", "limits", "least"),
+    [
+        ("0::/\n", {"memory.max": "123000000\n"}, 123_000_000),  # a container that sees its own group as the root
+        ("0::/job/step\n", {"job/memory.max": "123000000\n", "job/step/memory.max": "max\n"}, 123_000_000),
+        ("0::/job\n", {"job/memory.max": "max\n"}, None),
+        ("9:cpu:/\n4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "123000000\n"}, 123_000_000),
+        ("4:memory:/seen/outside\n", {"memory/memory.limit_in_bytes": "123000000\n"}, 123_000_000),
+        ("4:memory:/\n0::/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ],
+)
+def test_the_limit_of_a_control_group_counts(
+    own_groups: str, limits: dict[str, str], least: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_budget, "OWN_GROUPS", tmp_path / "absent")
+    machine = memory_of(torch.device("cpu"))
+    (tmp_path / "own").write_text(own_groups)
+    for name, text in limits.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    monkeypatch.setattr(memory_budget, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory_budget, "CONTROL_GROUPS", tmp_path / "groups")
+    assert memory_of(torch.device("cpu")) == (machine if least is None else least)
