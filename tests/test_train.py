@@ -1,8 +1,10 @@
 import csv
 import json
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 from unittest.mock import Mock, call
@@ -276,6 +278,29 @@ def test_an_experiment_s_settings_of_a_callback_go_with_it() -> None:
     assert invoke(train_module.main, *arguments, "run_dir=here") == 0
     said = Path("here/train.log").read_text()
     assert "callbacks.samples: these settings are of no callback that was chosen" in said
+
+
+def test_wandb_has_metrics_and_configuration(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "revnet.train", *TINY, "logger=wandb", "logger.wandb.offline=true", "run_dir=here"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (kept,) = (tmp_path / "here/wandb").glob("offline-run-*/run-*.wandb")
+    held = kept.read_bytes()
+    assert [text for text in (b"test/accuracy", b"train/loss", b"lr-SGD", b"label_smoothing") if text not in held] == []
+
+
+def test_mlflow_has_metrics_and_configuration(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "revnet.train", *TINY, "logger=mlflow", "run_dir=here"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        metrics, parameters = (
+            {key for (key,) in database.execute(f"select key from {t}")} for t in ("metrics", "params")
+        )
+        status = database.execute("select name, status from runs").fetchall()
+    assert {"test/accuracy", "train/loss", "lr-SGD/pg1"} <= metrics
+    assert "task/loss/label_smoothing" in parameters
+    assert status == [("revnet38_fake", "FINISHED")]
 
 
 def test_the_jobs_of_a_sweep_have_runs_of_their_own_at_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
