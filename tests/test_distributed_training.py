@@ -105,7 +105,7 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def two_processes(directory: Path, trainer: str) -> Iterator[list[subprocess.Popen[str]]]:
+def two_processes(directory: Path, trainer: str, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
     """What torchrun would start, without torchrun, which would end the other at once; they have saved a checkpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,7 +116,7 @@ def two_processes(directory: Path, trainer: str) -> Iterator[list[subprocess.Pop
         world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         options = (f"trainer={trainer}", "trainer.accelerator=cpu", "data.batch_size=16", "run_dir=here")
         return subprocess.Popen(
-            [sys.executable, "-m", "revnet.train", *OPTIONS, *options, "trainer.max_epochs=100000"],
+            [sys.executable, "-m", "revnet.train", *OPTIONS, *options, "trainer.max_epochs=100000", *arguments],
             **{"cwd": directory, "env": environment(**ranks, **world), "text": True},
             **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
         )
@@ -158,21 +158,34 @@ def test_a_run_of_two_processes_stops_where_both_are_whenever_one_is_told_to(
     assert len(stopped["continuation"]["processes"]) == 2
 
 
-def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_when_a_process_is_killed_the_other_says_so_and_the_run_can_be_resumed(victim: int, tmp_path: Path) -> None:
     checkpoint = tmp_path / "here/checkpoints/last.ckpt"
-    with two_processes(tmp_path, "ddp") as (first, second):
-        second.send_signal(signal.SIGKILL)
-        _, errors = first.communicate(timeout=SECONDS)
-    assert first.returncode == 1, errors
+    with two_processes(tmp_path, "ddp") as processes:
+        processes[victim].send_signal(signal.SIGKILL)
+        _, errors = processes[1 - victim].communicate(timeout=SECONDS)
+    assert processes[1 - victim].returncode == 1, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("revnet-train")]
     assert re.search("another process of the run has ended .* ckpt_path=last", line)
     assert "Traceback" not in errors
 
     before = torch.load(checkpoint, weights_only=True)
-    more = ("trainer=ddp", "run_dir=here", f"ckpt_path={checkpoint}", f"trainer.max_epochs={before['epoch'] + 3}")
-    run = torchrun(tmp_path, *more)
+    run = torchrun(tmp_path, "run_dir=here", "ckpt_path=last", f"trainer.max_epochs={before['epoch'] + 3}")
     assert run.returncode == 0, run.stderr
     assert torch.load(checkpoint, weights_only=True)["global_step"] == before["global_step"] + 2
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_waited_for_as_long_as_the_timeout_says(tmp_path: Path) -> None:
+    with two_processes(tmp_path, "ddp", "trainer.strategy.timeout.minutes=0.25") as (first, second):
+        second.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        _, errors = first.communicate(timeout=SECONDS)
+        waited = time.monotonic() - begun
+    assert first.returncode == 1, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("revnet-train")]
+    assert re.search("another process of the run has ended .* ckpt_path=last", line)
+    assert 10 < waited < 60
 
 
 @pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
