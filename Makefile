@@ -39,7 +39,8 @@ check-wheel: $(READY) ## Build the wheel and use it away from the checkout
 
 docs: $(READY) ## API documentation, as pages in build/api
 	$(BIN)/python -m pdoc -d google -o build/api revnet revnet.reversible revnet.models revnet.flows \
-		revnet.profiling revnet.data revnet.training revnet.report revnet.cli revnet.train revnet.predict revnet.timm revnet.torchvision
+		revnet.profiling revnet.data revnet.training revnet.report revnet.cli revnet.train revnet.evaluate \
+		revnet.predict revnet.sample revnet.profile revnet.shards revnet.timm revnet.torchvision
 
 clean: ## Remove the environment and everything that tools have written
 	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

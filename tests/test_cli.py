@@ -520,3 +520,12 @@ def test_a_damaged_record_is_not_taken_for_an_empty_one(content: str) -> None:
 def test_a_job_that_the_system_killed_is_one_line() -> None:
     error = type("TerminatedWorkerError", (Exception,), {})("A worker process ...")
     assert (mistake(error) or "").startswith("a job was killed, most likely because memory ran out")
+
+
+def test_names_are_completed() -> None:
+    line = "revnet-train model=revnet3"
+    command = [sys.executable, "-m", "revnet.train", "-sc", "query=bash"]
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["model=revnet34", "model=revnet38"]

@@ -70,9 +70,13 @@ def test_the_notebook_ends_with_a_trained_network_and_a_picture(tmp_path: Path) 
 
 
 def test_every_package_is_rendered_without_a_warning(tmp_path: Path) -> None:
-    packages = [path.parent.relative_to(ROOT) for path in sorted((ROOT / "revnet").rglob("__init__.py"))]
-    names = [".".join(package.parts) for package in packages if package.name != "conf"]
-    command = [sys.executable, "-m", "pdoc", "-d", "google", "-o", str(tmp_path), *names]
+    """By the command of `make docs`, which names all packages, and of modules those that are commands or imported."""
+    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "revnet").rglob("__init__.py")}
+    (line,) = re.findall(r"-m pdoc (.*)", (ROOT / "Makefile").read_text().replace("\\\n", " "))
+    options, names = line.split()[:4], line.split()[4:]
+    assert options == ["-d", "google", "-o", "build/api"]
+    assert {".".join(package.parts) for package in packages if package.name != "conf"} <= set(names)
+    command = [sys.executable, "-m", "pdoc", *options[:-1], str(tmp_path), *names]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     # pdoc looks for the hints of a named tuple where it is exported, not where it is defined.

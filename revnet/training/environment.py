@@ -16,13 +16,20 @@ from pytorch_lightning.callbacks import Callback
 
 __all__ = ["EnvironmentRecord", "environment"]
 
+PACKAGE = Path(__file__).parent
+
 
 def environment() -> dict[str, str | int | None]:
-    """Describe software and hardware: versions, command, commit (of a checkout), machine, threads, GPU."""
+    """Describe software and hardware: versions, command, commits, machine, threads, GPU.
+
+    `commit` is that of this package's checkout, if it is one, `commit_here` that of the one that the program runs in.
+    """
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("revnet", "torch", "torchvision", "pytorch-lightning")},
-        "commit": _commit(),
+        # Installed, the package lies perhaps within the checkout of something else.
+        "commit": None if "site-packages" in PACKAGE.parts else _commit(PACKAGE),
+        "commit_here": _commit(Path.cwd()),
         "command": " ".join(sys.argv),
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -51,13 +58,10 @@ class EnvironmentRecord(Callback):
             file.write_text(json.dumps(environment(), indent=2) + "\n")
 
 
-def _commit() -> str | None:
-    package = Path(__file__).parent
-    if "site-packages" in package.parts:
-        return None  # installed, perhaps within the checkout of something else
+def _commit(directory: Path) -> str | None:
     try:
         described = subprocess.run(
-            ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40"],
             capture_output=True,
             text=True,
             check=True,
