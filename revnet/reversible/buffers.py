@@ -14,8 +14,8 @@ __all__ = [
     "STATISTICS",
     "Changed",
     "Unchanged",
+    "can_go_untracked",
     "copy_buffers",
-    "only_writes",
     "sort_out",
     "version_of",
 ]
@@ -32,11 +32,20 @@ _called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Batch normalisations whose own `forward` was seen to run; of others a branch may use the statistics itself."""
 
 
-def only_writes(module: nn.Module) -> bool:
+def _only_writes(module: nn.Module) -> bool:
     """Whether a module is one of torch's own normalisations in training mode, which never reads its statistics."""
     if not (isinstance(module, _NormBase) and module.training):
         return False
     return module in _called or type(module).forward is _InstanceNorm.forward
+
+
+def can_go_untracked(module: nn.Module) -> bool:
+    """Whether `_only_writes` holds, and it computes the same without statistics to write to.
+
+    In half precision it takes the dtype to compute in from its weight, or else from its statistics; synchronised, from
+    these alone.
+    """
+    return _only_writes(module) and module.weight is not None and not isinstance(module, nn.SyncBatchNorm)
 
 
 def _was_called(module: nn.Module, name: str, buffer: Tensor | None, version: int) -> bool:
@@ -57,7 +66,7 @@ def copy_buffers(owners: Iterable[nn.Module], reads_statistics: bool) -> list[Bu
     found: list[Buffer] = []
     copies: dict[int, Tensor] = {}  # a buffer in several places has one
     for owner in owners:
-        left_out = STATISTICS if not reads_statistics and only_writes(owner) else ()
+        left_out = STATISTICS if not reads_statistics and _only_writes(owner) else ()
         for name, value in owner._buffers.items():
             if value is None:
                 found.append((owner, name, None, None, 0))
@@ -72,7 +81,7 @@ def sort_out(buffers: list[Buffer], reads_statistics: bool) -> tuple[Changed, Un
     """After the evaluation: copies of those that a second one needs as they were; the others, with their versions."""
     _called.update(owner for owner, name, value, _, version in buffers if _was_called(owner, name, value, version))
     if not reads_statistics:
-        buffers = [buffer for buffer in buffers if buffer[1] not in STATISTICS or not only_writes(buffer[0])]
+        buffers = [buffer for buffer in buffers if buffer[1] not in STATISTICS or not _only_writes(buffer[0])]
     written = {
         id(value)  # in every place that holds it
         for owner, name, value, copy, version in buffers

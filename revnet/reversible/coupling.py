@@ -128,6 +128,7 @@ class _InverseAffine:
 ADDITION, SUBTRACTION = Addition(), _Subtraction()
 EXACT_ADDITION, EXACT_SUBTRACTION = _ExactAddition(), _ExactSubtraction()
 EXACT: dict[type, Rule] = {Addition: EXACT_ADDITION, _Subtraction: EXACT_SUBTRACTION}
+ADDITIVE = (*EXACT, *map(type, EXACT.values()))  # whose gradients are known; a subclass may have others
 AFFINE, INVERSE_AFFINE = _Affine(), _InverseAffine()
 
 

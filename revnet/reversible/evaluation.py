@@ -19,14 +19,14 @@ from revnet.reversible.buffers import (
     STATISTICS,
     Changed,
     Unchanged,
+    can_go_untracked,
     copy_buffers,
-    only_writes,
     sort_out,
     version_of,
 )
 from revnet.reversible.drift import Sample
 from revnet.reversible.layer import State, as_state
-from revnet.reversible.names import names_in
+from revnet.reversible.names import COMPILED, names_in
 
 __all__ = [
     "Evaluation",
@@ -46,12 +46,14 @@ _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
 )
+_GRAD_MODE = ("is_grad_enabled", COMPILED)
+"""Names in the code of a branch that may do something else where it need give no gradients."""
 _inspected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Branches that were seen to leave their input alone under inference_mode."""
 
 
 class _Local(threading.local):
-    """Per thread, because the backward pass of a CUDA graph runs in a thread of its own."""
+    """Per thread, because backward passes on an accelerator run in a thread of their own."""
 
     recomputing = False
     tape: list[Evaluation] | None = None
@@ -189,7 +191,7 @@ class Evaluation:
                 # Told not to, a normalisation leaves its statistics alone, which takes fewer operations than copies of
                 # them; it then saves fewer tensors than in a first evaluation with a graph, and compiled code would be
                 # compiled again.
-                untracked = only_writes(owner) and not self.with_graph and not self.reads_statistics
+                untracked = can_go_untracked(owner) and not self.with_graph and not self.reads_statistics
                 if untracked:
                     restore.append((owner.__dict__, "track_running_stats", owner.track_running_stats))
                     owner.__dict__["track_running_stats"] = False
@@ -270,7 +272,7 @@ def observe(
         reads_statistics = not named.isdisjoint(STATISTICS)
         buffers = copy_buffers(owners, reads_statistics)
         has_graph = torch.is_grad_enabled()
-        with_graph = has_graph or any(map(_depends_on_grad_mode, modules))
+        with_graph = has_graph or not named.isdisjoint(_GRAD_MODE) or any(map(_depends_on_grad_mode, modules))
         versions = [version_of(x) for x in state]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)

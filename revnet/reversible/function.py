@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet.reversible.autocast import Autocast
-from revnet.reversible.coupling import Coupling
+from revnet.reversible.coupling import Coupling, Step
 from revnet.reversible.drift import Sample
 from revnet.reversible.evaluation import Evaluation, modules_in, observe, recording
 from revnet.reversible.halves import Rearrangement
@@ -69,26 +69,28 @@ class _ReversibleFunction(torch.autograd.Function):
         context = job.context.rebuild(context_tensors)
         ctx.autocast = Autocast.current(state[0].device)
         ctx.set_materialize_grads(False)
-        ctx.evaluations = []  # for each layer those of its branches, or its own
+        # For each layer its steps with the evaluations of their branches, or its own evaluation, or None.
+        ctx.evaluations = []
         ctx.begins, ctx.sample = len(job.run.layers), None
         for index, layer in enumerate(job.run.layers):
             moves_only = _moves_only(layer)
             if ctx.sample is None and not moves_only:
                 ctx.begins, ctx.sample = index, Sample(state, job.run.exact)
+            evaluated: list[tuple[Step, Evaluation]] | Evaluation | None = None
             if moves_only:
-                (state, log_det), evaluations = apply_layer(layer, state, context, log_det, job.run.exact), []
+                state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
             elif isinstance(layer, Coupling):
                 _check_hooks(layer)
                 with recording(job.run.tolerance is not None) as evaluations, _unchanged_by_hooks(layer, state):
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
+                evaluated = _with_steps(layer, evaluations)
                 if layer not in job.run.inspected:
                     _check_all_in_branches(layer, evaluations)
                     job.run.inspected.add(layer)
             else:
-                state, log_det, evaluation = _observed(job.run, layer, state, context, log_det)
+                state, log_det, evaluated = _observed(job.run, layer, state, context, log_det)
                 state = tuple(x.detach() for x in state)  # from a graph that the layer may have built on its own
-                evaluations = [evaluation]
-            ctx.evaluations.append(evaluations)
+            ctx.evaluations.append(evaluated)
         job.context.check_unchanged(context, context_tensors, context_versions)
         ctx.job = job
         # After the pass, because it may write to parameters (an embedding with max_norm does).
@@ -110,9 +112,6 @@ class _ReversibleFunction(torch.autograd.Function):
             )
         job: _Job = ctx.job
         job.run.check_unchanged(ctx.versions)
-        for layer in job.run.layers:
-            if isinstance(layer, Coupling):
-                layer.exact = job.run.exact  # it may have been switched since
         state = list(ctx.saved_tensors)
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             ctx.maybe_clear_saved_tensors()
@@ -121,19 +120,19 @@ class _ReversibleFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1 : 1 + job.states]
         replay = Replay(ctx.autocast, job.run, job.context, context, grad_log_det)
         for index in reversed(range(len(job.run.layers))):
-            layer, evaluations = job.run.layers[index], ctx.evaluations[index]
+            layer, evaluated = job.run.layers[index], ctx.evaluations[index]
             wanted = needs if index == 0 else None
-            if not evaluations:
+            if evaluated is None:
                 # What was moved ahead of the first layer that computes is not needed any more.
                 replay.reverse_rearrangement(layer, state, grads, needed=index > ctx.begins)
-            elif isinstance(layer, Coupling):
-                steps = list(zip(layer.moves(), evaluations, strict=True))
+            elif isinstance(evaluated, list):
+                steps = list(evaluated)
                 while steps:
                     step, evaluation = steps.pop()
                     needed = wanted is None or bool(steps) or wanted[1 - step.moved]
                     replay.reverse_step(step, evaluation, state, grads, needed)
             else:
-                replay.reverse_layer(layer, evaluations[0], state, grads, wanted)
+                replay.reverse_layer(layer, evaluated, state, grads, wanted)
             if index == ctx.begins:
                 job.run.report(ctx.sample.error(tuple(state)))
         _check_known(replay, job)
@@ -168,7 +167,12 @@ def _moves_only(layer: nn.Module) -> bool:
         isinstance(layer, Rearrangement)
         and layer.fixed
         and not any(
-            m._parameters or m._buffers or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+            m._parameters
+            or m._buffers
+            or m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
             for m in modules_in(layer)
         )
     )
@@ -211,6 +215,17 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
             f"a forward hook of {type(layer).__name__} changes its input or output, which could not be undone where "
             f'the layer is reconstructed; put it on a branch, or give the layer "recompute" or "store"'
         )
+
+
+def _with_steps(layer: Coupling, evaluations: list[Evaluation]) -> list[tuple[Step, Evaluation]]:
+    """The layer's steps with the evaluations of their branches, as the backward pass will go through them."""
+    steps = layer.moves()
+    if [step.branch for step in steps] != [evaluation.modes[0][0] for evaluation in evaluations]:
+        raise ValueError(
+            f"the `steps` of {type(layer).__name__} are others when they are asked for again, so they cannot be "
+            f'undone; let what is random happen in a branch, or give the layer "recompute" or "store"'
+        )
+    return list(zip(steps, evaluations, strict=True))
 
 
 def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["names_in"]
+__all__ = ["COMPILED", "names_in"]
 
+COMPILED = "_torchdynamo_orig_callable"  # an attribute of what torch.compile makes of a function
 _LIBRARIES = ("torch", "numpy", *sys.stdlib_module_names)
 _ENGINE = f"{__name__.rpartition('.')[0]}."
 _PLAIN = ("torch.nn.modules.", "builtins", _ENGINE)
@@ -26,7 +27,7 @@ def names_in(module: nn.Module) -> frozenset[str]:
     """Names and texts in the methods of a module, and in the functions that these call by name.
 
     Left out are the methods of `torch.nn.modules` and of this engine, and functions of torch and of Python itself. A
-    function that is handed in, or looked up in a table, is not seen.
+    function that is handed in, or looked up in a table, is not seen. `COMPILED` stands for one that is compiled.
     """
     kind = type(module)
     found = _of_classes.get(kind)
@@ -51,7 +52,9 @@ def _names(members: Iterable[Any]) -> frozenset[str]:
             seen.add(function)
             here = set().union(*map(_named, _codes(function.__code__)))
             names |= here
-            functions += [found for value in _reached(function, here) for found in _functions(value) if _is_own(found)]
+            called = [found for value in _reached(function, here) for found in _functions(value)]
+            names |= {COMPILED for found in (function, *called) if hasattr(found, COMPILED)}
+            functions += filter(_is_own, called)
     return frozenset(names)
 
 

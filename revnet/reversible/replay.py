@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from revnet.reversible.autocast import Autocast
-from revnet.reversible.coupling import Addition, Step
+from revnet.reversible.coupling import ADDITIVE, Addition, Step
 from revnet.reversible.evaluation import Evaluation, call, is_differentiable
 from revnet.reversible.layer import apply_layer, as_stream, invert_layer
 from revnet.reversible.run import ContextStructure, Run
@@ -52,28 +52,31 @@ class Replay:
         moved, other = step.moved, 1 - step.moved
         grad = grads[moved]
         wanted = grad is not None or self.grad_log_det is not None
+        additive = type(step.rule) in ADDITIVE
         with evaluation.aliased() as aliases:
             x = state[other].detach().requires_grad_(needed and is_differentiable(state[other]))
-            with torch.set_grad_enabled(wanted or evaluation.with_graph), evaluation.surroundings(self.autocast):
-                h = call(step.branch, x, self.context)
-            self.run.check_repeated(step.branch, evaluation, h)
-            out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
-            state[moved] = step.rule.undo(state[moved], h, out)
-            self.made[moved] = True
-            del out
-            if not wanted:
-                return
-            if isinstance(step.rule, Addition):
-                outputs, leaves = [(h, step.rule.gradient(grad))], [x]
-            else:
-                before = state[moved].detach().requires_grad_()
-                with torch.enable_grad():
-                    y, term = step.rule.move(before, h)
-                outputs, leaves = [(y, grad), (term, self.grad_log_det)], [before, x]
-                del y, term
-            del h
+            with evaluation.surroundings(self.autocast):
+                with torch.set_grad_enabled(wanted or evaluation.with_graph):
+                    h = call(step.branch, x, self.context)
+                self.run.check_repeated(step.branch, evaluation, h)
+                out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
+                state[moved] = step.rule.undo(state[moved], h, out)
+                self.made[moved] = True
+                del out
+                if not wanted:
+                    return
+                if additive:
+                    assert isinstance(step.rule, Addition)
+                    outputs, leaves = [(h, step.rule.gradient(grad))], [x]
+                else:
+                    before = state[moved].detach().requires_grad_()
+                    with torch.enable_grad():
+                        y, term = step.rule.move(before, h)
+                    outputs, leaves = [(y, grad), (term, self.grad_log_det)], [before, x]
+                    del y, term
+                del h
             products = self._product(outputs, leaves, aliases)
-        if not isinstance(step.rule, Addition):
+        if not additive:
             grads[moved] = products[0]
         # In autograd's order: of two memory formats the sum takes the first one's.
         grads[other] = _sum(grads[other], products[-1])

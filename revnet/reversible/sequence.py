@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -63,7 +64,7 @@ class ReversibleSequence(nn.Sequential):
             for bit, to those under "store" with the same flag, in fp32 and under half-precision autocast (those of what
             several layers share, up to the order of its sum). The state is rounded on entry and behind every layer
             without an inverse, what a branch returns before it is added; the gradient passes straight through. It
-            holds values below 256 in fp32 (2^21 in fp64); a checksum of the whole state finds on the way back if any
+            holds values below 256 in fp32 (2^21 in fp64), and what is below half a step becomes 0; a checksum of the whole state finds on the way back if any
             went beyond, and `reconstruction_error` is then more than 0. Additive couplings only (ValueError for
             others), fp32 or fp64 state only (TypeError). None, the default, is True for an fp32 state where every
             layer allows it (it costs a few percent of a step on a CPU), False elsewhere: fp64 hardly drifts.
@@ -269,7 +270,10 @@ class ReversibleSequence(nn.Sequential):
         if not isinstance(index, slice):
             return super().__getitem__(index)
         whole = self._activations
-        return ReversibleSequence(list(self)[index], whole if isinstance(whole, str) else whole[index], self._exact)
+        part = ReversibleSequence(list(self)[index], whole if isinstance(whole, str) else whole[index], self._exact)
+        part.watch = copy(self.watch)
+        part.check_determinism, part.chunk_size = self.check_determinism, self.chunk_size
+        return part
 
     def _report(self, first: int, autocast: bool, exact: bool, uses_it: bool, error: Tensor) -> None:
         if not uses_it:
@@ -310,6 +314,11 @@ class ReversibleSequence(nn.Sequential):
         else:
             self._errors.clear()
             self.watch.judge_arrived()
+            if getattr(self, "_is_replica", False) and set(plan) != {"store"}:
+                raise ValueError(
+                    "nn.DataParallel replicates a reversible sequence without its parameters, which its backward pass "
+                    'needs; take torch.nn.parallel.DistributedDataParallel, or activations="store"'
+                )
             if not any(x.requires_grad for x in (*state, *pytree.tree_leaves(context)) if isinstance(x, Tensor)):
                 # Frozen layers ahead of the first trainable one have no backward pass, so nothing is kept for them.
                 trainable = (

@@ -213,6 +213,12 @@ def synchronised(activations, exact, device, wrap):
     return steps(wrap(net), batches(2, torch.float64)[:, distributed.get_rank()].to(device))
 
 
+def synchronised_in_half_precision(activations, exact):
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(network(activations, exact, "postnorm", torch.float32)).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        return steps(DistributedDataParallel(net), batches(2, torch.float32)[:, distributed.get_rank()].cuda())
+
+
 @MODES
 @pytest.mark.parametrize("wrap", [nn.Sequential, DistributedDataParallel])
 def test_sync_batch_norm_on_a_cpu_is_torchs_clear_error(together, activations, exact, wrap):
@@ -229,3 +235,12 @@ def test_sync_batch_norm_has_the_statistics_and_gradients_of_both_batches(togeth
     for results in together(synchronised, activations, exact, "cuda", DistributedDataParallel):
         for found, expected in zip(results, truth, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.gpu
+@MODES
+def test_sync_batch_norm_in_half_precision_has_the_gradients_of_store(together, activations, exact):
+    truth = together(synchronised_in_half_precision, "store", exact)
+    for results, expected in zip(together(synchronised_in_half_precision, activations, exact), truth, strict=True):
+        for one, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)

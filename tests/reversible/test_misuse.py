@@ -502,3 +502,10 @@ def test_a_branch_that_changes_its_input_is_refused_without_gradients_too(mode, 
     branch = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
     with mode(), pytest.raises(ValueError, match="Sequential changes its input in place"):
         ReversibleSequence([AdditiveCoupling(branch)])(*halves)
+
+
+@pytest.mark.parametrize("activations", VALUES[1:])
+def test_a_replica_of_data_parallel_is_refused_with_the_remedy(activations, halves):
+    replica = ReversibleSequence(blocks(4, 2), activations)._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"nn\.DataParallel .*DistributedDataParallel, or activations="):
+        replica(*halves)

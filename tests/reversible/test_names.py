@@ -10,7 +10,7 @@ from torch import nn
 from revnet.models import get_model, list_models
 from revnet.reversible import ReversibleSequence
 from revnet.reversible.buffers import STATISTICS
-from revnet.reversible.names import names_in
+from revnet.reversible.names import COMPILED, names_in
 
 helpers = types.ModuleType("helpers")
 
@@ -178,3 +178,16 @@ def test_what_cannot_be_looked_at_is_passed_over():
             return x.wanted
 
     assert "wanted" in names_in(Uses())
+
+
+compiled = torch.compile(torch.nn.functional.gelu)
+
+
+class Compiled(nn.Module):
+    def forward(self, x):
+        return compiled(x)
+
+
+def test_a_function_that_is_compiled_is_known():
+    assert COMPILED in names_in(Compiled())
+    assert COMPILED not in names_in(ByMethod())

@@ -162,6 +162,8 @@ def test_a_slice_keeps_its_part_of_the_plan():
     net = ReversibleSequence(blocks(4, 2), ["store", "recompute", "reconstruct", "store"], exact=True)
     assert net[1:3].activations == ("recompute", "reconstruct")
     assert net[1:3].exact is True
+    net.watch.raise_above, net.chunk_size, net.check_determinism = 0.5, 3, True
+    assert (net[1:3].watch.raise_above, net[1:3].chunk_size, net[1:3].check_determinism) == (0.5, 3, True)
     assert net[0] is next(iter(net))
 
 

@@ -96,6 +96,17 @@ def test_of_halves_that_stay_apart_one_alone_may_be_used(exact, used):
 
 
 @EXACT
+def test_a_hook_ahead_of_a_rearrangement_s_backward_pass_may_change_the_gradient(exact):
+    x, found = torch.randn(2, C, dtype=torch.float64), []
+    for activations in ("store", "reconstruct"):
+        torch.manual_seed(0)
+        net = ReversibleSequence([Split(), ReversibleBlock(linear(), linear()), Merge()], activations, exact)
+        net[0].register_full_backward_pre_hook(lambda _, gradients: tuple(2 * g for g in gradients))
+        found.append(torch.autograd.grad(net(leaf := x.clone().requires_grad_()).square().sum(), leaf))
+    assert same(*found, exact)
+
+
+@EXACT
 @pytest.mark.parametrize("inverted", [False, True])
 def test_hooks_see_activations_and_never_gradients(exact, inverted):
     net, seen = ReversibleSequence([Split(), ReversibleBlock(linear(), linear()), Merge()], exact=exact), []

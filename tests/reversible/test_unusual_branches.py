@@ -1,5 +1,7 @@
 """Branches that do what few do: their gradients are those of ordinary backpropagation all the same."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 
 from revnet import AdditiveCoupling, ReversibleBlock, ReversibleSequence
 from revnet.reversible import Coupling, Merge, Split, Step
-from revnet.reversible.coupling import SUBTRACTION
+from revnet.reversible.coupling import SUBTRACTION, Addition
 from tests.reversible.networks import EVERY, EXACT, MODES, same
 
 C = 6
@@ -383,7 +385,7 @@ def test_a_branch_that_sets_its_generator_back_draws_the_same_again(activations,
 
 def test_evaluations_that_draw_nothing_share_one_copy_of_the_generators_state():
     outputs = blocks_of(linear, "reconstruct", True)(*halves())
-    states = {id(e.random[0]) for evaluations in outputs[0].grad_fn.evaluations for e in evaluations}
+    states = {id(e.random[0]) for evaluations in outputs[0].grad_fn.evaluations for _, e in evaluations}
     assert len(states) == 1
 
 
@@ -690,6 +692,87 @@ class Kick(Coupling):
 
     def steps(self):
         return (Step(self.f, 1, SUBTRACTION),)
+
+
+class Half(Addition):
+    """x + h / 2, with `gradient` as it was."""
+
+    def move(self, x, h):
+        return x + h / 2, None
+
+    def undo(self, y, h, out=None):
+        return torch.sub(y, h / 2, out=out)
+
+
+class Product:
+    """x + h M, which autocast narrows."""
+
+    def __init__(self):
+        self.matrix = torch.randn(C, C)
+
+    def move(self, x, h):
+        return x + h @ self.matrix, None
+
+    def undo(self, y, h, out=None):
+        return torch.sub(y, h @ self.matrix, out=out)
+
+
+class Ruled(Coupling):
+    """Moves the second half by a rule of one's own."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.f, self.rule = nn.Linear(C, C), rule
+
+    def steps(self):
+        return (Step(self.f, 1, self.rule),)
+
+
+@MODES
+@pytest.mark.parametrize("rule", [Half, Product])
+def test_a_rule_of_one_s_own_has_the_gradients_of_store(activations, exact, rule):
+    layer, inputs = Ruled(rule()), [x.detach().float() for x in halves()]
+    found = []
+    for value in (activations, "store"):
+        layer.zero_grad()
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=rule is Product):
+            outputs = ReversibleSequence([layer], value)(*leaves)
+        loss(outputs).backward()
+        found.append([x.grad for x in (*layer.parameters(), *leaves)])
+    assert same(*found, True)
+
+
+class Skipped(Coupling):
+    """Has steps in training mode alone, or as often as a coin says."""
+
+    def __init__(self, toss=None):
+        super().__init__()
+        self.f, self.toss = linear(), toss
+
+    def steps(self):
+        taken = self.training if self.toss is None else next(self.toss)
+        return (Step(self.f, 1, Addition()),) if taken else ()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_steps_that_are_undone_are_those_of_the_forward_pass(first):
+    network, (x1, x2) = ReversibleSequence([Skipped(), Skipped()], exact=False), halves()
+    network(x1, x2)[1].sum().backward()  # finds the parameters in the branches
+    network.zero_grad()
+    x1.grad = x2.grad = None
+    y1, y2 = network.train(first)(x1, x2)
+    network.train(not first)
+    loss((y1, y2)).backward()
+    assert network[0].f.weight.grad is None or (network[0].f.weight.grad != 0).any() == first
+    assert (x1.grad != 2 * x1).any() == first
+    torch.testing.assert_close(x2.grad, 2 * y2)
+
+
+def test_steps_that_change_from_call_to_call_are_refused():
+    network = ReversibleSequence([Skipped(itertools.cycle([False, True, True]))], exact=False)
+    with pytest.raises(ValueError, match=r"the `steps` of Skipped are others .* in a branch"):
+        network(*halves())
 
 
 @EVERY
