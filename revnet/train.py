@@ -69,7 +69,8 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
         )
     if getattr(network, "dequantise", None) is not None and data.normalization != "unit":
         raise ValueError(
-            f"data.normalization={data.normalization}, but the flow takes images in [0, 1]: set data.normalization=unit"
+            f"data.normalization={data.normalization}, but the flow takes images in [0, 1]: set "
+            f"data.normalization=unit, and data.padding=0 for it not to learn black edges"
         )
     if hasattr(network, "log_prob") and (cfg.data.get("mixup") or cfg.data.get("cutmix")):
         raise ValueError(

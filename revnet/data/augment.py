@@ -1,7 +1,8 @@
 """Random changes of a batch of training images, on the device that holds it, without waiting for that device.
 
 Random numbers come from torch's global generator of the device: `torch.manual_seed` repeats them. Images are
-normalised first, so the zeros that fill in are the mean.
+normalised first, so the zeros that fill in are the mean, where it is subtracted: `symmetric` has a mean gray there,
+`unit` black.
 """
 
 from __future__ import annotations

@@ -41,10 +41,16 @@ class CIFAR10(ImageDataModule):
     def prepare_data(self) -> None:
         """Unpack the archive, after fetching it where that is allowed."""
         archive = self.root / self.source.filename
-        if self.download or check_integrity(archive, self.source.tgz_md5):
+        whole = check_integrity(archive, self.source.tgz_md5)
+        if self.download or whole:
             try:
                 self.source(self.root, download=True)
             except (OSError, RuntimeError) as error:
+                if whole:
+                    raise FileNotFoundError(
+                        f"root={self.root}: {archive.name} cannot be unpacked ({error}); unpack it yourself, or make "
+                        f"the directory writable and its disk large enough"
+                    ) from None
                 raise FileNotFoundError(
                     f"root={self.root}: {self.source.__name__} cannot be fetched from {self.source.url} ({error}); "
                     f"get {self.source.filename} in another way and put it there"

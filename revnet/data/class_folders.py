@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ def class_names(directory: Path) -> list[str]:
 def list_images(directory: Path, names: Sequence[str]) -> tuple[list[str], Tensor]:
     """The image files in the class folders of `directory` and below them, sorted within a class, and their labels.
 
-    Files with a suffix that no image has and hidden files are passed over.
+    Files with a suffix that no image has, hidden files and hidden folders are passed over.
 
     Args:
         directory: with the class folders.
@@ -55,7 +55,7 @@ def list_images(directory: Path, names: Sequence[str]) -> tuple[list[str], Tenso
     for label, name in enumerate(names):
         files = sorted(
             os.path.join(folder, file)
-            for folder, _, contents in os.walk(directory / name, followlinks=True)
+            for folder, contents in _walk(directory / name)
             for file in contents
             if file.lower().endswith(SUFFIXES) and file[0] != "."
         )
@@ -64,6 +64,13 @@ def list_images(directory: Path, names: Sequence[str]) -> tuple[list[str], Tenso
         paths += files
         labels += [label] * len(files)
     return paths, torch.tensor(labels)
+
+
+def _walk(directory: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders from this one down with their files, but for hidden ones (thumbnails, say)."""
+    for folder, below, files in os.walk(directory, followlinks=True):
+        below[:] = [name for name in below if name[0] != "."]
+        yield folder, files
 
 
 def few(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -162,8 +162,7 @@ class ImageDataModule(pl.LightningDataModule):
         # To measure files is to decode them: a few thousand of them, evenly spaced, will do.
         sample = kept if isinstance(train, TensorImages) else kept[:: max(1, len(kept) // 2048)]
         measured = self.part(train, sample)
-        loader = DataLoader(measured, 256, num_workers=self.num_workers, collate_fn=whole_batch)
-        self.normalize = self.normalized_by(images for images, _ in loader)
+        self.normalize = self.normalized_by(_batches_of(measured, self.num_workers))
         self.splits = splits
 
     def normalized_by(self, batches: Iterable[Tensor]) -> Normalize:
@@ -296,3 +295,9 @@ class ImageDataModule(pl.LightningDataModule):
             worker_init_fn=leave_signals_to_the_trainer,
             **options,
         )
+
+
+def _batches_of(images: Images | Subset[Batch], num_workers: int) -> Iterator[Tensor]:
+    """The images in batches; no process is started before the first one is asked for."""
+    for batch, _ in DataLoader(images, 256, num_workers=num_workers, collate_fn=whole_batch):
+        yield batch

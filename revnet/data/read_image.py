@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from os import PathLike
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -22,6 +24,7 @@ def read_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) ->
         name: what an error calls it; None: its path.
 
     Raises:
+        OSError: if the file cannot be had, which does not say that the image is bad.
         ValueError: if it is damaged, cut short, not an image, or has pixels without a defined range (32-bit, float).
             The message begins with the name.
 
@@ -34,9 +37,12 @@ def read_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) ->
         >>> read_image(file).mode, read_image(file).size
         ('RGB', (4, 2))
     """
+    content = io.BytesIO(Path(file).read_bytes()) if isinstance(file, str | PathLike) else file
     try:
-        with Image.open(file) as image:
+        with Image.open(content) as image:
             return _rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise whatever their parsers run into
         raise ValueError(f"{name or file}: not a readable image ({error})") from None
 

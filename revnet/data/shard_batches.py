@@ -77,6 +77,20 @@ class ShardBatches(Dataset[Batch]):
         self._stream: Iterator[list[dict[str, Any]]] = iter(())
         self._next = 0
 
+    def of_process(self, rank: int, world_size: int) -> ShardBatches:
+        """Those of another process, or of as many as there are now."""
+        return ShardBatches(
+            self.directory,
+            self.shards,
+            self.transform,
+            self.batch_size,
+            training=self.training,
+            buffer=self.buffer,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
     def __len__(self) -> int:
         return -(-self.images // self.batch_size)
 

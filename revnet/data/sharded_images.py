@@ -71,12 +71,8 @@ class ShardedImages(ImageFiles):
                 number = min(max(round(self.val_fraction * len(train)), 1), len(train) - 1)
                 held_out["val"] = [train[place] for place in sorted(order[:number])]
                 train = [train[place] for place in sorted(order[number:])]
-        process: dict[str, Any] = {}
-        if self.trainer is not None:
-            process = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         batches = {
-            name: ShardBatches(self.root, shards, self.plain(), self.batch_size, **process)
-            for name, shards in held_out.items()
+            name: ShardBatches(self.root, shards, self.plain(), self.batch_size) for name, shards in held_out.items()
         }
         batches["train"] = ShardBatches(
             self.root,
@@ -86,7 +82,6 @@ class ShardedImages(ImageFiles):
             training=True,
             buffer=self.buffer,
             seed=torch.initial_seed(),  # the same in every process, which `seed_everything` has seen to
-            **process,
         )
         self.num_workers = self.workers(batches["train"])
         # The images were shuffled when they were written: the first ones are a sample.
@@ -96,17 +91,25 @@ class ShardedImages(ImageFiles):
         self.splits = batches
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training images in random order; what is left over for a batch of every process is dropped."""
-        if not len(self.splits["train"]):
+        """Return the training images in random order; what is left over for a batch of every process is dropped.
+
+        Without a trainer every pass over the loader is the next epoch, as of `ImageDataModule`.
+        """
+        loader = self._loader(self.splits["train"])
+        if not len(loader):
             raise ValueError(
                 f"batch_size={self.batch_size} is more than each device's share of the training images in {self.root}: "
                 "give less"
             )
-        return self._loader(self.splits["train"])
+        return loader
 
     def _loader(self, images: Dataset[Batch], kind: type[Loader] = ShardLoader, **options: Any) -> DataLoader[Batch]:
+        assert isinstance(images, ShardBatches)
+        if self.trainer is not None:
+            images = images.of_process(self.trainer.global_rank, self.trainer.world_size)
         # Lightning puts no other in the place of such a sampler: every process has batches of its own already.
         places = Places(images, num_replicas=1, rank=0, shuffle=False)
+        places.alone = self.trainer is None and images.training
         if self.trainer is not None:  # see `ImageDataModule.train_dataloader`
             places.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return super()._loader(images, kind, batch_size=None, sampler=places, **options)

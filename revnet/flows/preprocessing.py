@@ -16,12 +16,12 @@ from revnet.reversible import is_recomputing
 __all__ = ["Dequantise", "Logit"]
 
 
-def check_unit_interval(x: Tensor, layer: str) -> None:
-    """Raises ValueError for values outside [0, 1] and for NaN."""
+def check_unit_interval(x: Tensor, layer: str, margin: float = 0.0) -> None:
+    """Raises ValueError for values further than `margin` outside [0, 1] and for NaN."""
     if not has_values(x) or not x.numel():
         return
     low, high = (value.item() for value in x.detach().aminmax())
-    if not (low >= 0 and high <= 1):
+    if not (low >= -margin and high <= 1 + margin):
         raise ValueError(
             f"{layer} takes values in [0, 1], got values from {low:.4g} to {high:.4g}; divide 8-bit images by 255, and "
             f"do not normalise them by mean and deviation"
@@ -57,8 +57,9 @@ class Dequantise(Bijection):
                 f"float32, and half precision to the couplings alone, by autocast"
             )
         check_unit_interval(x, "Dequantise")
-        # Kept off the ends of a level by more than rounding, which could carry a value over.
-        noise = torch.rand_like(x) * (1 - 2**-13) + 2**-14
+        # Kept off the upper end of a level by more than rounding, also to the grid of exact mode, which could carry a
+        # value over: a shift of four values in a thousand by half a hundredth of a level.
+        noise = torch.rand_like(x).clamp(2**-14, 1 - 2**-8)
         return (255 * x + noise) / 256, _constant(x, math.log(255 / 256))
 
     def inverse_and_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -77,10 +78,11 @@ class Logit(Bijection):
     Args:
         a: how far to keep off 0 and 1, in (0, 1/2).
 
-    The inverse maps all of space to (-a / (1 - 2a), (1 - a) / (1 - 2a)), a little more than [0, 1].
+    The inverse maps all of space to (-a / (1 - 2a), (1 - a) / (1 - 2a)), a little more than [0, 1], and these values
+    are taken as well.
 
     Raises:
-        ValueError: values outside [0, 1].
+        ValueError: values outside of them.
 
     Example:
         >>> import torch
@@ -99,7 +101,7 @@ class Logit(Bijection):
     def forward_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Output and log-determinant of shape (B,)."""
         if not is_recomputing():  # reconstructed values may be off by a rounding
-            check_unit_interval(x, "Logit")
+            check_unit_interval(x, "Logit", self.a / (1 - 2 * self.a))
         p = self.a + (1 - 2 * self.a) * x
         y = p.log() - (-p).log1p()
         return y, -self._log_det_of_inverse(y)

@@ -164,8 +164,8 @@ def _own(states: list[dict[str, Any]], trainer: pl.Trainer) -> dict[str, Any]:
     if len(states) != trainer.world_size:
         rank_zero_warn(
             f"the checkpoint is of {len(states)} processes, and this training has {trainer.world_size}: it goes on, "
-            f"with other random numbers, and the metrics of an epoch at hand count the images of "
-            f"{min(len(states), trainer.world_size)} processes alone before the checkpoint"
+            f"with other random numbers; of an epoch at hand some images come twice or not at all, and its metrics "
+            f"count those of {min(len(states), trainer.world_size)} processes alone before the checkpoint"
         )
     if trainer.global_rank < len(states):
         return states[trainer.global_rank]

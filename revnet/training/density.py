@@ -20,7 +20,8 @@ __all__ = ["DensityEstimator", "seeded"]
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw the random numbers of a seed, and leave those of the training alone."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    accelerated = device.type not in ("cpu", "meta")
+    with torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else "cuda"):
         torch.manual_seed(seed)
         yield
 

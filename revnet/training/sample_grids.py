@@ -29,7 +29,7 @@ class SampleGrids(Callback):
 
     Args:
         dirpath: directory of the pictures, made if it is not there.
-        every_n_epochs: epochs between pictures, at least 1.
+        every_n_epochs: epochs between pictures, at least 1; they are drawn at the first validation from then on.
         rows: of images in a picture, at least 1.
         columns: likewise, at least 2.
 
@@ -48,6 +48,15 @@ class SampleGrids(Callback):
         self.every_n_epochs = every_n_epochs
         self.rows = rows
         self.columns = columns
+        self._drawn = 0  # the last epoch with pictures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return when the last pictures were drawn."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._drawn = state["drawn"]
 
     def on_validation_batch_end(
         self,
@@ -63,11 +72,12 @@ class SampleGrids(Callback):
         if (
             not isinstance(pl_module, DensityEstimator)
             or trainer.sanity_checking
-            or epoch % self.every_n_epochs
+            or epoch // self.every_n_epochs == self._drawn // self.every_n_epochs
             or batch_idx > 0
             or not trainer.is_global_zero
         ):
             return
+        self._drawn = epoch
         with torch.no_grad(), seeded(0, pl_module.device):
             pictures = self._pictures(pl_module, *batch)
         self.dirpath.mkdir(parents=True, exist_ok=True)

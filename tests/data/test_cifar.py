@@ -3,6 +3,7 @@ import io
 import pickle
 import socket
 import tarfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -74,6 +75,17 @@ def test_an_archive_in_its_place_is_unpacked(cifar10, monkeypatch):
     data.prepare_data()
     data.setup()
     assert len(data.splits["test"]) == 10
+
+
+def test_an_archive_that_cannot_be_unpacked_is_not_asked_for_again(cifar10, monkeypatch):
+    root, _ = cifar10
+    (root / "cifar-10-python.tar.gz").write_bytes(b"no archive")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(b"no archive").hexdigest())
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(
+        FileNotFoundError, match=r"cifar-10-python.tar.gz cannot be unpacked .*No space left.*; unpack it"
+    ):
+        CIFAR10(root).prepare_data()
 
 
 def test_cifar100_has_fine_labels(tmp_path, monkeypatch):

@@ -52,6 +52,8 @@ def test_images_of_any_size_and_mode_become_one_tensor(tmp_path):
 def test_hidden_and_other_files_are_passed_over_and_subfolders_searched(tmp_path):
     root = fill(tmp_path, count=2)
     (root / "train" / ".cache").mkdir()
+    (root / "train" / "red" / ".thumbnails").mkdir()
+    Image.new("RGB", (2, 2)).save(root / "train" / "red" / ".thumbnails" / "0.png")
     (root / "train" / "red" / "notes.txt").write_text("red things")
     (root / "train" / "red" / "._0.png").write_bytes(b"")
     (root / "train" / "red" / "more").mkdir()

@@ -16,3 +16,16 @@ def test_a_script_ends_where_a_loader_has_processes(split):
     ]
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", "; ".join(lines)], timeout=120, capture_output=True)
     assert (run.returncode, run.stderr) == (0, b"")
+
+
+def test_a_script_ends_where_a_process_of_a_loader_does_not_answer():
+    lines = [
+        "import os, signal",
+        "from revnet.data import Fake",
+        "data = Fake((1, 2, 2), num_workers=1)",
+        "data.setup()",
+        "batches = iter(data.val_dataloader())",
+        "os.kill(batches._workers[0].pid, signal.SIGSTOP)",
+    ]
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", "; ".join(lines)], timeout=60, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, b"")

@@ -1,4 +1,6 @@
 import io
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -88,6 +90,13 @@ def test_what_is_no_image_is_named(tmp_path, content):
     with pytest.raises(ValueError, match=f"^{file}: not a readable image") as caught:
         read_image(file)
     assert caught.value.__suppress_context__  # one line for the user
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "Permission denied")])
+def test_a_file_that_cannot_be_had_is_no_bad_image(tmp_path, error, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=error))
+    with pytest.raises(OSError, match=error.strerror):
+        read_image(tmp_path / "image.jpg")
 
 
 def test_pixels_without_a_defined_range_are_refused(tmp_path):

@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -71,6 +73,31 @@ def test_a_trainer_sees_another_order_in_every_epoch(tmp_path):
     trainer.test(model, datamodule=data, verbose=False)
     assert sum(len(images) for images in model.fed["test"]) == 5
     assert not torch.equal(*(torch.cat(model.fed["train"][start : start + 4]) for start in (0, 4)))
+
+
+def test_without_a_trainer_every_pass_is_the_next_epoch(tmp_path):
+    _, out = convert(tmp_path, {"train": 40, "test": 4})
+    data = ShardedImages(out, 8, val_fraction=0, **OPTIONS)
+    data.setup()
+    loader = data.train_dataloader()
+    first, second = (torch.cat([images for images, _ in loader]) for _ in range(2))
+    assert not torch.equal(first, second)
+    same = data.test_dataloader()
+    assert torch.equal(*(torch.cat([images for images, _ in same]) for _ in range(2)))
+
+
+def test_every_loader_is_for_as_many_processes_as_its_trainer_has(tmp_path):
+    _, out = convert(tmp_path, {"train": 40, "test": 12})
+    data = ShardedImages(out, 8, val_fraction=0, **OPTIONS)
+    data.setup()
+    assert sum(len(images) for images, _ in data.test_dataloader()) == 12
+    data.trainer = Mock(world_size=2, global_rank=1, num_devices=2)
+    data.trainer.fit_loop.epoch_progress.current.processed = 0
+    assert sum(len(images) for images, _ in data.test_dataloader()) == 6
+    assert sum(len(images) for images, _ in data.train_dataloader()) == 20
+    data.trainer = Mock(world_size=1, global_rank=0, num_devices=1)
+    data.trainer.fit_loop.epoch_progress.current.processed = 0
+    assert sum(len(images) for images, _ in data.test_dataloader()) == 12
 
 
 def test_damage_is_found_before_training(tmp_path):

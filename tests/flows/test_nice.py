@@ -60,3 +60,10 @@ def test_it_learns_which_pixels_vary():
 def test_a_mistake_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         nice(**arguments)
+
+
+def test_8_bit_images_come_back_as_they_were_in_exact_mode():
+    flow = nice((1, 28, 28), hidden=8, layers=1)
+    x = torch.randint(256, (200, 1, 28, 28)) / 255
+    with torch.no_grad():
+        assert torch.equal(flow.decode(flow.encode(x)), x)

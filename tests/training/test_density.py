@@ -117,6 +117,15 @@ def test_pictures_are_drawn_and_change_nothing(fit_flow: Fit, tmp_path: Path) ->
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_pictures_are_drawn_at_the_first_validation_that_comes(fit_flow: Fit, tmp_path: Path) -> None:
+    pictures = SampleGrids(tmp_path / "pictures", every_n_epochs=2, rows=2, columns=2)
+    fit_flow(DensityEstimator(tiny_flow(), ADAM), max_epochs=7, check_val_every_n_epoch=3, callbacks=[pictures])
+    assert sorted(path.name for path in (tmp_path / "pictures").glob("samples*")) == [
+        "samples_0003.png",
+        "samples_0006.png",
+    ]
+
+
 def test_reconstructions_stand_below_their_images() -> None:
     images, labels = next(iter(levels(1)))
     pictures = SampleGrids("nowhere", rows=2, columns=10)._pictures(
@@ -132,9 +141,16 @@ def test_reconstructions_stand_below_their_images() -> None:
 
 
 def test_the_average_of_the_weights_is_validated(fit_flow: Fit) -> None:
-    average = WeightAverage(decay=0.5, update_every_n_steps=1)
-    trainer = fit_flow(DensityEstimator(tiny_flow(), ADAM), callbacks=[average])
-    assert trainer.callback_metrics["val/nats"].isfinite()
+    """And not the weights of training, which are further on."""
+    found = []
+    for decay in (0.0, 0.9):
+        torch.manual_seed(0)
+        estimator = DensityEstimator(tiny_flow(), ADAM)
+        trainer = fit_flow(estimator, callbacks=[WeightAverage(decay=decay, update_every_n_steps=1)])
+        found.append(float(trainer.callback_metrics["val/nats"]))
+        (again,) = trainer.validate(estimator, levels(2), verbose=False)
+        assert again["val/nats"] == pytest.approx(found[-1], rel=1e-5)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
 
 
 class Overflow(pl.Callback):
