@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-pytest_plugins = ["pytester", "tests.promises"]
+pytest_plugins = ["pytester", "tests.promises", "tests.together"]
 
 # The tensors of the tests are small: on one thread they are faster, and they do not mind a busy machine.
 torch.set_num_threads(1)

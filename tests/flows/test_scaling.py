@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch import distributed
 
 from revnet import ReversibleSequence
 from revnet.flows import ActNorm, OnHalf, Scaling
@@ -85,3 +86,20 @@ def test_a_constant_channel_keeps_its_scale():
 def test_half_is_0_or_1():
     with pytest.raises(ValueError, match="half=2: give 0 for the first"):
         OnHalf(Scaling((3,)), 2)
+
+
+def initialised(layer, batches):
+    layer = copy.deepcopy(layer)
+    layer(batches[distributed.get_rank()])
+    return {name: value.tolist() for name, value in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize("layer", [ActNorm(3), Scaling((3, 4, 4))], ids=["actnorm", "scaling"])
+def test_two_processes_initialise_by_the_batches_of_both(layer, together):
+    batches = 5 + torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1) * torch.randn(2, 8, 3, 4, 4)
+    alone = copy.deepcopy(layer)
+    alone(batches.flatten(0, 1))
+    for found in together(initialised, layer, batches):
+        assert found.keys() == alone.state_dict().keys()
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(torch.tensor(found[name], dtype=value.dtype), value)

@@ -1,9 +1,6 @@
 """Two processes in one group train as one process would."""
 
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from datetime import timedelta
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -15,31 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from revnet import ReversibleBlock, ReversibleSequence
 from revnet.reversible import Merge, Split, set_chunk_size
 from tests.reversible.networks import BRANCHES, EXACT, MODES, relative, sequence
-
-SECONDS = 60
-
-
-def _join_group(rank, rendezvous):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS)
-    )
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """Calls a function in both processes at once; what either raises is raised here, a deadlock after a minute."""
-    rendezvous = (tmp_path_factory.mktemp("group") / "rendezvous").as_uri()
-    spawn = get_context("spawn")
-    pools = [ProcessPoolExecutor(1, spawn, _join_group, (rank, rendezvous)) for rank in range(2)]
-
-    def call(function, *args):
-        futures = [pool.submit(function, *args) for pool in pools]
-        return [future.result(timeout=2 * SECONDS) for future in futures]
-
-    yield call
-    for pool in pools:
-        pool.shutdown()
 
 
 class Network(nn.Module):

@@ -1,14 +1,10 @@
 import copy
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,6 @@ from tests.training.tiny import CLASSES, tiny_batches, tiny_network
 
 Fit = Callable[..., pl.Trainer]
 CALM, DRIFTS, EXPLODES = 1.0, 1e5, 1e8  # reconstruction errors of about 1e-7, 1e-2 and 1
-SECONDS = 60
 
 
 class Branch(nn.Module):
@@ -345,30 +340,6 @@ def test_a_strategy_that_keeps_the_gradients_is_refused(fit: Fit) -> None:
 
     with pytest.raises(ValueError, match=r"fall_back_above=0\.1: Engine keeps the gradients .* raise_above instead"):
         fit(classifier(), callbacks=[DriftGuard(fall_back_above=0.1)], strategy=Engine(torch.device("cpu")))
-
-
-def _join_group(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-    distributed.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS)
-    )
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    """Calls a function in two processes of one group, and returns what both return."""
-    rendezvous = (tmp_path_factory.mktemp("group") / "rendezvous").as_uri()
-    spawn = get_context("spawn")
-    pools = [ProcessPoolExecutor(1, spawn, _join_group, (rank, rendezvous)) for rank in range(2)]
-
-    def call(function: Callable[..., Any], *args: Any) -> list[Any]:
-        futures = [pool.submit(function, *args) for pool in pools]
-        return [future.result(timeout=2 * SECONDS) for future in futures]
-
-    yield call
-    for pool in pools:
-        pool.shutdown()
 
 
 def train_as_one_of_two(culprit: int, gain: float, options: dict[str, Any]) -> tuple[Any, ...]:
