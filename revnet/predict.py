@@ -33,8 +33,8 @@ class Predictor(nn.Module):
 
     Example:
         predictor = Predictor("runs/NAME/DATE/checkpoints/best.ckpt")
-        image = torchvision.transforms.v2.functional.resize(torchvision.io.decode_image("cat.png", "RGB"), [32])
-        logits = predictor(torchvision.transforms.v2.functional.center_crop(image, [32])[None])
+        image = torchvision.transforms.v2.functional.resize(revnet.data.read_image("cat.png"), [32, 32])
+        logits = predictor(torchvision.transforms.v2.functional.pil_to_tensor(image)[None])
     """
 
     def __init__(self, ckpt_path: str | PathLike[str]) -> None:

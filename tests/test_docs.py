@@ -11,8 +11,10 @@ import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
+from PIL import Image
 
 from revnet import profile, train
+from revnet.models import revnet50, save_weights
 from tests.commands import invoke
 
 ROOT = Path(__file__).parents[1]
@@ -43,15 +45,30 @@ def test_every_command_composes(
     assert capsys.readouterr().out.strip()
 
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    "block", [pytest.param(block, marks=pytest.mark.slow) if "max_batch" in block else block for block in BLOCKS]
+    "block",
+    [pytest.param(code, marks=pytest.mark.slow) if "max_batch" in code else code for code in blocks("README.md")],
 )
 def test_the_code_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_code_of_the_other_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory with what it speaks of."""
+    monkeypatch.chdir(tmp_path)
+    assert invoke(train.main, "debug=fast", "trainer=cpu", "run_dir=runs/NAME/DATE") == 0
+    Image.new("RGB", (50, 40), "gray").save("cat.png")
+    save_weights(revnet50(), "net.safetensors")
+    pages = {page.name: blocks(f"docs/{page.name}") for page in sorted((ROOT / "docs").glob("*.md"))}
+    assert len(pages["commands.md"]) == 2
+    for page, found in pages.items():
+        for block in found:
+            exec(compile(block, page, "exec"), {"__name__": page})
 
 
 def test_the_notebook_ends_with_a_trained_network_and_a_picture(tmp_path: Path) -> None:
