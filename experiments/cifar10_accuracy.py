@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", choices=("cifar10", "image_folder"))
     parser.add_argument("--name", default="CIFAR-10", help="what the images are, for the record")
     parser.add_argument("--recipe", default="sgd", choices=RECIPES)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, help="the recipe's own unless given, 30 and 60")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -234,6 +234,7 @@ def main() -> None:
     options = parser.parse_args()
     if (options.data == "cifar10") != (options.name == parser.get_default("name")):
         parser.error("--data image_folder needs a --name of its own, and torchvision's CIFAR-10 has none")
+    options.epochs = options.epochs or compose("train", f"experiment={RECIPES[options.recipe][0]}").trainer.max_epochs
     allocator_keeps_memory()
     sys.argv[sys.argv.index(options.root)] = "ROOT"  # in the record, which is of no one place
     settings = {"data": options.name}

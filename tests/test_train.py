@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -280,9 +281,14 @@ def test_an_experiment_s_settings_of_a_callback_go_with_it() -> None:
     assert "callbacks.samples: these settings are of no callback that was chosen" in said
 
 
+def without_services() -> dict[str, str]:
+    """The environment, without what the machine says of services of logging."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
+
+
 def test_wandb_has_metrics_and_configuration(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "revnet.train", *TINY, "logger=wandb", "logger.wandb.offline=true", "run_dir=here"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=without_services())
     assert run.returncode == 0, run.stderr
     (kept,) = (tmp_path / "here/wandb").glob("offline-run-*/run-*.wandb")
     held = kept.read_bytes()
@@ -291,7 +297,7 @@ def test_wandb_has_metrics_and_configuration(tmp_path: Path) -> None:
 
 def test_mlflow_has_metrics_and_configuration(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "revnet.train", *TINY, "logger=mlflow", "run_dir=here"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=without_services())
     assert run.returncode == 0, run.stderr
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         metrics, parameters = (

@@ -145,7 +145,7 @@ class ReadableImages(Subset[Batch]):
             if not self.images.unreadable[index]:
                 try:
                     image = read_image(self.images.paths[index])
-                except ValueError:
+                except (ValueError, FileNotFoundError, PermissionError):  # not a fault of the disk
                     self.images.unreadable[index] = True
                 else:
                     return self.images.transform(image), self.images.labels[index]

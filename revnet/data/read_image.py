@@ -37,7 +37,7 @@ def read_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) ->
         >>> read_image(file).mode, read_image(file).size
         ('RGB', (4, 2))
     """
-    content = io.BytesIO(Path(file).read_bytes()) if isinstance(file, str | PathLike) else file
+    content = io.BytesIO(_bytes(Path(file))) if isinstance(file, str | PathLike) else file
     try:
         with Image.open(content) as image:
             return _rgb(image)
@@ -45,6 +45,13 @@ def read_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) ->
         raise
     except Exception as error:  # decoders raise whatever their parsers run into
         raise ValueError(f"{name or file}: not a readable image ({error})") from None
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None  # it names the file only if it was not opened
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -31,6 +31,8 @@ def check_unit_interval(x: Tensor, layer: str, margin: float = 0.0) -> None:
 class Dequantise(Bijection):
     """y = (255 x + u) / 256 with noise u, uniform on (0, 1); the inverse gives back the level, floor(256 y) / 255.
 
+    (Four in a thousand of the highest u are put together at 1 - 1/256, so that rounding carries no value over.)
+
     Source: Uria, Murray, Larochelle 2013 (RNADE), section 5.
 
     The log-determinant is that at fixed u, D log(255/256): the change from x, with levels 1/255 apart, to y, with
@@ -58,7 +60,7 @@ class Dequantise(Bijection):
             )
         check_unit_interval(x, "Dequantise")
         # Kept off the upper end of a level by more than rounding, also to the grid of exact mode, which could carry a
-        # value over: a shift of four values in a thousand by half a hundredth of a level.
+        # value over: four in a thousand are shifted, by 0.2 % of a level in the mean.
         noise = torch.rand_like(x).clamp(2**-14, 1 - 2**-8)
         return (255 * x + noise) / 256, _constant(x, math.log(255 / 256))
 
@@ -78,11 +80,11 @@ class Logit(Bijection):
     Args:
         a: how far to keep off 0 and 1, in (0, 1/2).
 
-    The inverse maps all of space to (-a / (1 - 2a), (1 - a) / (1 - 2a)), a little more than [0, 1], and these values
-    are taken as well.
+    The inverse maps all of space to (-a / (1 - 2a), (1 - a) / (1 - 2a)), a little more than [0, 1], which is
+    what `forward` takes.
 
     Raises:
-        ValueError: values outside of them.
+        ValueError: values outside of it.
 
     Example:
         >>> import torch

@@ -77,7 +77,7 @@ class _Subsample(torch.autograd.Function):
 
 def subsample(x: Tensor, stride: int) -> Tensor:
     """Every `stride`-th pixel, a view: all that a 1x1 convolution of that stride reads of `x`."""
-    if isinstance(x, Tensor) and torch.is_grad_enabled() and not is_transformed():
+    if isinstance(x, Tensor) and x.requires_grad and not is_transformed():
         return _Subsample.apply(x, stride)
     return x[..., ::stride, ::stride]
 

@@ -227,9 +227,9 @@ class Coupling(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Output and log-determinant of shape (B,), or None where it is exactly 0."""
         state, log_det = [x1, x2], None
-        for branch, moved, rule in self.moves():
-            h = evaluate(branch, state[1 - moved], context)
-            state[moved], term = rule.move(state[moved], h)
+        for step in self.moves():
+            h = evaluate(step.branch, state[1 - step.moved], context, step)
+            state[step.moved], term = step.rule.move(state[step.moved], h)
             if term is not None:
                 log_det = term if log_det is None else log_det + term
         return (state[0], state[1]), log_det

@@ -46,7 +46,7 @@ _CHANGES_INPUT = (
     "{} changes its input in place, and its input is part of the state that others still read; begin it with an "
     "operation that does not (inplace=False)"
 )
-_GRAD_MODE = ("is_grad_enabled", COMPILED)
+GRAD_MODE = ("is_grad_enabled", COMPILED)
 """Names in the code of a branch that may do something else where it need give no gradients."""
 _inspected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Branches that were seen to leave their input alone under inference_mode."""
@@ -56,7 +56,7 @@ class _Local(threading.local):
     """Per thread, because backward passes on an accelerator run in a thread of their own."""
 
     recomputing = False
-    tape: list[Evaluation] | None = None
+    tape: list[tuple[Any, Evaluation]] | None = None
     sampling = False
     random: tuple[Tensor, ...] = ()
 
@@ -272,7 +272,7 @@ def observe(
         reads_statistics = not named.isdisjoint(STATISTICS)
         buffers = copy_buffers(owners, reads_statistics)
         has_graph = torch.is_grad_enabled()
-        with_graph = has_graph or not named.isdisjoint(_GRAD_MODE) or any(map(_depends_on_grad_mode, modules))
+        with_graph = has_graph or not named.isdisjoint(GRAD_MODE) or any(map(_depends_on_grad_mode, modules))
         versions = [version_of(x) for x in state]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
@@ -339,19 +339,22 @@ def _is_real(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type != "meta"
 
 
-def evaluate(branch: nn.Module, x: Tensor, context: Any = None) -> Any:
-    """Evaluates a residual branch; inside `recording()` it also notes what a second evaluation needs."""
+def evaluate(branch: nn.Module, x: Tensor, context: Any = None, step: Any = None) -> Any:
+    """Evaluates the residual branch of a step; inside `recording()` it also notes what a second evaluation needs."""
     tape = _local.tape
     if tape is None:
         return call(branch, x, context)
     result, evaluation = observe(branch, (x,), lambda x: call(branch, x, context))
-    tape.append(evaluation.sampled(as_state(result, branch)) if _local.sampling else evaluation)
+    tape.append((step, evaluation.sampled(as_state(result, branch)) if _local.sampling else evaluation))
     return result
 
 
 @contextmanager
-def recording(sampling: bool = False) -> Iterator[list[Evaluation]]:
-    """Collects one `Evaluation` for each branch evaluated inside, in order; `sampling`: with a sample of its result."""
+def recording(sampling: bool = False) -> Iterator[list[tuple[Any, Evaluation]]]:
+    """Collects the steps taken inside, in order, with the `Evaluation` of each one's branch.
+
+    `sampling`: with a sample of its result.
+    """
     outer, _local.tape, _local.sampling = (_local.tape, _local.sampling), [], sampling
     try:
         yield _local.tape

@@ -81,11 +81,10 @@ class _ReversibleFunction(torch.autograd.Function):
                 state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
             elif isinstance(layer, Coupling):
                 _check_hooks(layer)
-                with recording(job.run.tolerance is not None) as evaluations, _unchanged_by_hooks(layer, state):
+                with recording(job.run.tolerance is not None) as evaluated, _unchanged_by_hooks(layer, state):
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
-                evaluated = _with_steps(layer, evaluations)
                 if layer not in job.run.inspected:
-                    _check_all_in_branches(layer, evaluations)
+                    _check_all_in_branches(layer, [evaluation for _, evaluation in evaluated])
                     job.run.inspected.add(layer)
             else:
                 state, log_det, evaluated = _observed(job.run, layer, state, context, log_det)
@@ -215,17 +214,6 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
             f"a forward hook of {type(layer).__name__} changes its input or output, which could not be undone where "
             f'the layer is reconstructed; put it on a branch, or give the layer "recompute" or "store"'
         )
-
-
-def _with_steps(layer: Coupling, evaluations: list[Evaluation]) -> list[tuple[Step, Evaluation]]:
-    """The layer's steps with the evaluations of their branches, as the backward pass will go through them."""
-    steps = layer.moves()
-    if [step.branch for step in steps] != [evaluation.modes[0][0] for evaluation in evaluations]:
-        raise ValueError(
-            f"the `steps` of {type(layer).__name__} are others when they are asked for again, so they cannot be "
-            f'undone; let what is random happen in a branch, or give the layer "recompute" or "store"'
-        )
-    return list(zip(steps, evaluations, strict=True))
 
 
 def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:

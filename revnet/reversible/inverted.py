@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revnet.reversible.coupling import Coupling, Step
+from revnet.reversible.coupling import ADDITIVE, Addition, Coupling, Step
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import arguments, as_output, check_invertible, invert_layer
 
@@ -67,7 +67,8 @@ class _InvertedCoupling(Coupling):
 
 def _inverted(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     for _, _, rule in steps:
-        if not hasattr(rule, "inverse"):
+        of_another = isinstance(rule, Addition) and type(rule) not in ADDITIVE and "inverse" not in vars(type(rule))
+        if of_another or not hasattr(rule, "inverse"):
             raise TypeError(f"{type(rule).__name__} has no `inverse`, the rule whose move is its undo; give it one")
     return tuple(Step(branch, moved, rule.inverse) for branch, moved, rule in reversed(steps))
 

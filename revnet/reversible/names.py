@@ -53,7 +53,7 @@ def _names(members: Iterable[Any]) -> frozenset[str]:
             here = set().union(*map(_named, _codes(function.__code__)))
             names |= here
             called = [found for value in _reached(function, here) for found in _functions(value)]
-            names |= {COMPILED for found in (function, *called) if hasattr(found, COMPILED)}
+            names |= {COMPILED for found in (function, *called) if _is_compiled(found)}
             functions += filter(_is_own, called)
     return frozenset(names)
 
@@ -90,6 +90,10 @@ def _functions(value: Any) -> Iterator[FunctionType]:
                 inner = inspect.getattr_static(layer, "__wrapped__", None)
                 if inner is not None and len(layers) < 100:
                     layers.append(inner)
+
+
+def _is_compiled(function: FunctionType) -> bool:
+    return hasattr(function, COMPILED) and not getattr(function, "_torchdynamo_disable", False)
 
 
 def _is_own(value: Any) -> bool:

@@ -63,12 +63,12 @@ class ReversibleSequence(nn.Sequential):
             subtraction undoes addition to the bit: gradients under "reconstruct" and "recompute" are then equal, bit
             for bit, to those under "store" with the same flag, in fp32 and under half-precision autocast (those of what
             several layers share, up to the order of its sum). The state is rounded on entry and behind every layer
-            without an inverse, what a branch returns before it is added; the gradient passes straight through. It
-            holds values below 256 in fp32 (2^21 in fp64), and what is below half a step becomes 0; a checksum of the
-            whole state finds on the way back if any
-            went beyond, and `reconstruction_error` is then more than 0. Additive couplings only (ValueError for
-            others), fp32 or fp64 state only (TypeError). None, the default, is True for an fp32 state where every
-            layer allows it (it costs a few percent of a step on a CPU), False elsewhere: fp64 hardly drifts.
+            without an inverse, what a branch returns before it is added; the gradient passes straight through. It holds
+            values below 256 in fp32 (2^21 in fp64), and what is below half a step becomes 0; a checksum of the whole
+            state finds on the way back if any went beyond, and `reconstruction_error` is then more than 0. Additive
+            couplings only (ValueError for others), fp32 or fp64 state only (TypeError). None, the default, is True for
+            an fp32 state where every layer allows it (it costs a few percent of a step on a CPU), False elsewhere: fp64
+            hardly drifts.
 
     Attributes:
         reconstruction_error: ||reconstructed - true|| / ||true|| of the last backward pass, the worst of the stretches

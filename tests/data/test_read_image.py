@@ -95,7 +95,7 @@ def test_what_is_no_image_is_named(tmp_path, content):
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "Permission denied")])
 def test_a_file_that_cannot_be_had_is_no_bad_image(tmp_path, error, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=error))
-    with pytest.raises(OSError, match=error.strerror):
+    with pytest.raises(OSError, match=f"{error.strerror}: '{tmp_path}/image.jpg'"):
         read_image(tmp_path / "image.jpg")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from revnet.models import get_model, list_models
 from revnet.reversible import ReversibleSequence
 from revnet.reversible.buffers import STATISTICS
+from revnet.reversible.evaluation import GRAD_MODE
 from revnet.reversible.names import COMPILED, names_in
 
 helpers = types.ModuleType("helpers")
@@ -150,13 +151,13 @@ def test_a_name_is_found(make):
     assert "wanted" not in names_in(nn.Identity())
 
 
-def test_nothing_that_this_package_builds_is_taken_for_reading_statistics():
+def test_nothing_that_this_package_builds_is_taken_for_reading_statistics_or_the_mode_of_gradients():
     assert names_in(ReversibleSequence([])) == frozenset()
     for name in list_models():
         with torch.device("meta"):
             network = get_model(name)
         named = set().union(*map(names_in, network.modules()))
-        assert named.isdisjoint(STATISTICS), name
+        assert named.isdisjoint({*STATISTICS, *GRAD_MODE}), name
 
 
 class Moody:
@@ -183,6 +184,14 @@ def test_what_cannot_be_looked_at_is_passed_over():
 compiled = torch.compile(torch.nn.functional.gelu)
 
 
+disabled = torch.compiler.disable(torch.nn.functional.gelu)
+
+
+class Disabled(nn.Module):
+    def forward(self, x):
+        return disabled(x)
+
+
 class Compiled(nn.Module):
     def forward(self, x):
         return compiled(x)
@@ -190,4 +199,5 @@ class Compiled(nn.Module):
 
 def test_a_function_that_is_compiled_is_known():
     assert COMPILED in names_in(Compiled())
+    assert COMPILED not in names_in(Disabled())
     assert COMPILED not in names_in(ByMethod())

@@ -728,9 +728,9 @@ class Ruled(Coupling):
         return (Step(self.f, 1, self.rule),)
 
 
-@MODES
+@pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
 @pytest.mark.parametrize("rule", [Half, Product])
-def test_a_rule_of_one_s_own_has_the_gradients_of_store(activations, exact, rule):
+def test_a_rule_of_one_s_own_has_the_gradients_of_store(activations, rule):
     layer, inputs = Ruled(rule()), [x.detach().float() for x in halves()]
     found = []
     for value in (activations, "store"):
@@ -741,6 +741,11 @@ def test_a_rule_of_one_s_own_has_the_gradients_of_store(activations, exact, rule
         loss(outputs).backward()
         found.append([x.grad for x in (*layer.parameters(), *leaves)])
     assert same(*found, True)
+
+
+def test_a_rule_that_has_taken_over_another_s_inverse_is_not_inverted():
+    with pytest.raises(TypeError, match="Half has no `inverse`"):
+        ReversibleSequence([Ruled(Half())]).inv(*[x.float() for x in halves()])
 
 
 class Skipped(Coupling):
@@ -764,15 +769,15 @@ def test_the_steps_that_are_undone_are_those_of_the_forward_pass(first):
     y1, y2 = network.train(first)(x1, x2)
     network.train(not first)
     loss((y1, y2)).backward()
-    assert network[0].f.weight.grad is None or (network[0].f.weight.grad != 0).any() == first
+    assert (network[0].f.weight.grad is not None) == first
     assert (x1.grad != 2 * x1).any() == first
     torch.testing.assert_close(x2.grad, 2 * y2)
 
 
-def test_steps_that_change_from_call_to_call_are_refused():
-    network = ReversibleSequence([Skipped(itertools.cycle([False, True, True]))], exact=False)
-    with pytest.raises(ValueError, match=r"the `steps` of Skipped are others .* in a branch"):
-        network(*halves())
+def test_steps_are_asked_for_once():
+    network, (x1, x2) = ReversibleSequence([Skipped(itertools.cycle([True, False]))], exact=False), halves()
+    loss(network(x1, x2)).backward()
+    assert network[0].f.weight.grad.abs().max() > 0
 
 
 @EVERY
