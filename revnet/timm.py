@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from revnet.models import PreActResNet, family, load_weights
 from revnet.models.units import PointwiseShortcut
-from revnet.reversible import Activations, set_activations
+from revnet.reversible import Activations, ReversibleSequence
 
 try:
     from timm.layers import SelectAdaptivePool2d
@@ -34,6 +34,8 @@ __all__ = [
     "revnext50_32x4d",
     "wide_revnet50_2",
 ]
+
+DILATED = {32: (False, False, False), 16: (False, False, True), 8: (False, True, True)}  # stages, by output stride
 
 default_cfgs = generate_default_cfgs(
     {
@@ -77,23 +79,23 @@ class TimmRevNet(PreActResNet):
     def __init__(self, network: PreActResNet, num_classes: int, global_pool: str, drop_rate: float) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(network))
-        del self.avgpool
+        del self.avgpool, self.fc  # to stand in timm's order, in which children are the features of the network
         self.in_chans = self.conv1.in_channels
         self.drop_rate = drop_rate
         self.feature_info = _feature_info(self)
         self.num_features = self.inplanes
         self.reset_classifier(num_classes, global_pool)
 
-    def get_classifier(self) -> nn.Module:
-        """The linear layer."""
-        return self.fc
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The linear layer, or its name."""
+        return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Puts a new linear layer, or none for `num_classes=0`, behind the present pooling or that of `global_pool`."""
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool)).train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        like = self.conv1.weight
+        like = next(self.parameters())
         self.fc = (
             nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             if num_classes
@@ -103,9 +105,19 @@ class TimmRevNet(PreActResNet):
         self.architecture["arguments"]["num_classes"] = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """`set_activations(self, "recompute")`, or back to the `activations` that the network was built with."""
-        built = self.architecture["arguments"].get("activations") or self.default_activations
-        set_activations(self, "recompute" if enable else built)
+        """Recomputes what is stored, and stores again what is recomputed with `enable=False`.
+
+        What is reconstructed, as everything is by default, stays as it is: it keeps less than checkpoints do. A plan
+        stays, too.
+        """
+        before, after = ("store", "recompute") if enable else ("recompute", "store")
+        for module in self.modules():
+            if isinstance(module, ReversibleSequence) and module.activations == before:
+                module.activations = after
+        if self.stem_activations == before:
+            self.stem_activations = after
+        if self.tail_activations == before:
+            self.tail_activations = after
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of the parameters' names for layer-wise learning rates: the stem, then each stage or layer."""
@@ -190,7 +202,7 @@ class TimmRevNet(PreActResNet):
             self.norm = nn.Identity()
             self.tail = ()
         if ends:
-            self.num_features = self.feature_info[last]["num_chs"]
+            self.num_features = self.inplanes = self.feature_info[last]["num_chs"]
             self.total_stride = self.feature_info[last]["reduction"]
         if prune_head or ends:
             self.reset_classifier(0, "")
@@ -205,7 +217,7 @@ def _feature_info(network: PreActResNet) -> list[dict[str, Any]]:
         features.append({"num_chs": channels, "reduction": reduction, "module": name})
         shortcuts = (m for m in network.get_submodule(name).modules() if isinstance(m, PointwiseShortcut))
         channels //= 2
-        reduction //= next((shortcut.subsampling for shortcut in shortcuts), 1)
+        reduction //= next((shortcut.stride[0] for shortcut in shortcuts), 1)
     stem = network.conv1
     features.append({"num_chs": stem.out_channels, "reduction": stem.stride[0], "module": "relu"})
     return features[::-1]
@@ -221,8 +233,21 @@ def _build(
     weights: Any = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    output_stride: int = 32,
+    drop_path_rate: float = 0.0,
+    zero_init_last: bool = False,
     **arguments: Any,
 ) -> TimmRevNet:
+    if "in_channels" in arguments:
+        raise TypeError("unexpected keyword argument 'in_channels'; timm calls it in_chans")
+    if drop_path_rate:
+        raise ValueError(f"drop_path_rate={drop_path_rate}: these networks have no stochastic depth; leave it out")
+    if output_stride not in DILATED:
+        raise ValueError(f"output_stride={output_stride}: give one of {', '.join(map(str, DILATED))}")
+    if output_stride < 32:
+        arguments["replace_stride_with_dilation"] = DILATED[output_stride]
+    if zero_init_last:
+        arguments["zero_init_residual"] = True
     with nullcontext() if device is None else torch.device(device):
         network = getattr(family, name)(num_classes=max(num_classes, 1), in_channels=in_chans, **arguments)
     model = TimmRevNet(network.to(dtype=dtype), num_classes, global_pool, drop_rate)
@@ -266,8 +291,9 @@ def revnet50(pretrained: bool = False, **arguments: Any) -> nn.Module:
     Args:
         pretrained: no weights are published; True is for a `pretrained_cfg` or `pretrained_cfg_overlay` that names a
             file.
-        arguments: `num_classes`, `in_chans`, `global_pool`, `drop_rate`, `features_only`, `out_indices`, ... as timm's
-            ResNets take them; `activations`, `exact` and the others of `revnet.models.revnet50`.
+        arguments: `num_classes`, `in_chans`, `global_pool`, `drop_rate`, `output_stride`, `zero_init_last` (False by
+            default, unlike timm's), `features_only`, `out_indices` as timm's ResNets take them; `activations`, `exact`
+            and the others of `revnet.models.revnet50`. There is no stochastic depth: `drop_path_rate` must be 0.
 
     Raises:
         RuntimeError: `pretrained=True` without such a file.

@@ -61,7 +61,7 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
             f"the directory above train/CLASS/, and has each class a folder of its own there?"
         )
     side = data.image_shape[-1]
-    if rank() == 0 and getattr(network, "total_stride", None) == side:
+    if rank() == 0 and getattr(network, "total_stride", 0) >= side:
         log.warning(
             "of images of %d pixels the last stage sees a single one: take larger images (data.image_size=224), or a "
             "network for small ones (+model.small_images=true)",

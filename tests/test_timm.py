@@ -134,8 +134,8 @@ def test_intermediates_are_the_features():
     assert all(map(torch.equal, features(x), taps))
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
-    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\).*at least 32"):
-        features.model.forward_intermediates(images(16))
+    with pytest.raises(ValueError, match=r"\(2, 1, 64, 64\): this network takes 3 channels"):
+        features.model.forward_intermediates(images()[:, :1])
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -194,28 +194,58 @@ def test_gradients_are_equal_under_checkpointing(features_only):
         found[activations] = gradients(model, x)
         (model.model if features_only else model).set_grad_checkpointing()
         assert all(slot.value() != "store" for slot in slots(model) if keeps_activations(slot))
-        assert found.setdefault("checkpointed", gradients(model, x))
-    for name in ("reconstruct", "recompute", "checkpointed"):
-        assert all(
-            torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found[name], found["store"], strict=True)
-        )
+        found[f"{activations}, checkpointed"] = gradients(model, x)
+    assert len(found) == 6
+    for gradient in found.values():
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(gradient, found["store"], strict=True))
 
 
 def keeps_activations(slot):
     return not any(isinstance(module, Rearrangement) for module in slot.modules())
 
 
-@pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct"])
-def test_checkpointing_goes_back_to_what_the_network_was_built_with(activations):
-    model = on_meta("revnet18", activations=activations)
-    before = [slot.value() for slot in slots(model)]
-    model.set_grad_checkpointing()
-    assert "store" not in [slot.value() for slot in slots(model) if keeps_activations(slot)]
-    model.set_grad_checkpointing(False)
-    assert [slot.value() for slot in slots(model)] == before
-    model = on_meta("revnet18")
-    model.set_grad_checkpointing(False)
-    assert model.layer1.activations == model.stem_activations == "reconstruct"
+@pytest.mark.parametrize(
+    ("built", "checkpointed", "again"),
+    [("store", "recompute", "store"), ("recompute", "recompute", "store"), ("reconstruct",) * 3],
+)
+def test_checkpointing_recomputes_what_is_stored_and_never_keeps_more(built, checkpointed, again):
+    model = on_meta("revnet18", activations=built)
+    for enable, expected in ((True, checkpointed), (False, again)):
+        model.set_grad_checkpointing(enable)
+        assert {model.layer1.activations, model.stem_activations, model.tail_activations} == {expected}
+
+
+def test_children_in_their_order_are_the_features_of_the_network():
+    x = images()
+    model = build().eval()
+    features = torch.nn.Sequential(*list(model.children())[:-1])
+    assert model.get_classifier()(features(x)).equal(model(x))
+    assert [name for name, _ in model.named_children()][-2:] == ["global_pool", "fc"]
+    assert model.get_classifier(name_only=True) == "fc"
+
+
+@pytest.mark.parametrize(("output_stride", "size"), [(32, 2), (16, 4), (8, 8)])
+def test_output_strides_are_timm_s(output_stride, size):
+    model = timm.create_model("revnet50", features_only=True, output_stride=output_stride).eval()
+    assert model(torch.randn(1, 3, 64, 64))[-1].shape == (1, 2048, size, size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_channels": 1}, TypeError, "unexpected keyword argument 'in_channels'; timm calls it in_chans"),
+        ({"drop_path_rate": 0.1}, ValueError, "drop_path_rate=0.1: these networks have no stochastic depth"),
+        ({"output_stride": 4}, ValueError, "output_stride=4: give one of 32, 16, 8"),
+    ],
+)
+def test_arguments_of_timm_s_that_cannot_be_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model("revnet50", **arguments)
+
+
+def test_the_last_convolutions_begin_at_zero_where_timm_asks_for_it():
+    model = timm.create_model("revnet50", zero_init_last=True, drop_path_rate=0.0)
+    assert model.layer2[1].branch.last.weight.abs().max() == 0
 
 
 @pytest.mark.parametrize("out_indices", [(1, 2, 3, 4), (0, 1, 2, 3, 4)])

@@ -27,8 +27,8 @@ __all__ = ["FullyReversibleNet", "PreActResNet", "RevNet"]
 
 
 @torch.fx.wrap
-def _check_images(x: Tensor, channels: int, least: int) -> None:
-    if x.ndim == 4 and x.shape[1] != channels:
+def _check_images(x: Tensor, channels: int | None, least: int) -> None:
+    if x.ndim == 4 and channels not in (None, x.shape[1]):
         raise ValueError(
             f"images of shape {tuple(x.shape)}: this network takes {channels} channels; convert the images or build it "
             f"with in_channels={x.shape[1]}"
@@ -36,8 +36,8 @@ def _check_images(x: Tensor, channels: int, least: int) -> None:
     if x.ndim != 4 or min(x.shape[-2:]) < least:
         raise ValueError(
             f"images of shape {tuple(x.shape)}: this network takes (batch, channels, height, width) with height and "
-            f"width of at least {least}, its total stride; give it larger images, or take a network for small ones, "
-            f"such as revnet38() or revnet50(small_images=True)"
+            f"width of at least {least}; give it larger images, or take a network for small ones, such as revnet38() "
+            f"or revnet50(small_images=True)"
         )
 
 
@@ -67,7 +67,7 @@ class PreActResNet(Switched):
     """
 
     default_activations: Activations = "store"
-    # Maximum and ReLU commute, and behind the pooling the ReLU keeps a quarter.
+    # Maximum and ReLU commute, and behind the pooling the ReLU keeps a quarter; see `run_stem`.
     stem = ("conv1", "bn1", "maxpool", "relu")
     tail: tuple[str, ...] = ("norm", "act", "avgpool")
 
@@ -129,7 +129,20 @@ class PreActResNet(Switched):
 
     def check_images(self, x: Tensor) -> None:
         """ValueError, with the remedy, for what is no batch of images that this network takes."""
-        _check_images(x, self.conv1.in_channels, self.total_stride)
+        # Whoever replaces the first layer may put something there that does not say what it takes.
+        _check_images(x, getattr(self.conv1, "in_channels", None), self.least_size)
+
+    @property
+    def least_size(self) -> int:
+        """Height and width that images must have."""
+        return 1
+
+    def run_stem(self, x: Tensor) -> Tensor:
+        """The output of the stem, in its children's order where somebody looks at what `relu` and `maxpool` give."""
+        looked_at = (m._forward_hooks or m._forward_pre_hooks for m in (self.relu, self.maxpool))
+        if isinstance(x, torch.fx.Proxy) or any(looked_at):
+            return self._run(x, ("conv1", "bn1", "relu", "maxpool"), self.stem_activations)
+        return super().run_stem(x)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_images(x)
@@ -207,6 +220,11 @@ class FullyReversibleNet(PreActResNet):
                 layers.append(Squeeze(stage.stride))
             layers += _blocks(stage, stage.units, preactivate=index > 0)
         return {"layers": [*layers, Merge()]}
+
+    @property
+    def least_size(self) -> int:
+        """Height and width that images must have, a pixel at the end."""
+        return self.total_stride
 
     def __getattr__(self, name: str) -> Any:
         if name.removeprefix("layer").isdigit():

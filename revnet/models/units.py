@@ -47,13 +47,13 @@ class PointwiseShortcut(nn.Conv2d):
     keeps_input = False
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=False)
-        self.subsampling = stride
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.keeps_input and convolution_dtype(x) == x.dtype:
-            return F.conv2d(x, self.weight, stride=self.subsampling)
-        return super().forward(x if self.subsampling == 1 else subsample(x, self.subsampling).clone())
+        stride = self.stride[0]
+        if stride == 1 or (self.keeps_input and convolution_dtype(x) == x.dtype):
+            return super().forward(x)
+        return F.conv2d(subsample(x, stride).clone(), self.weight)
 
 
 class Stage(NamedTuple):

@@ -37,6 +37,7 @@ def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
         ...     save_weights(revnet38(num_classes=7), f"{folder}/weights.safetensors")
         ...     network = revnet38(num_classes=7, weights=f"{folder}/weights.safetensors")
     """
+    network = getattr(network, "_orig_mod", network)  # of one that torch.compile has wrapped
     architecture = _plain(getattr(network, "architecture", None))
     if architecture is None:
         raise ValueError(
@@ -47,7 +48,8 @@ def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     if isinstance(fc, nn.Linear):
         architecture["arguments"]["num_classes"] = fc.weight.shape[0]
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    content = _safetensors().torch.save(state, {"architecture": json.dumps(architecture, sort_keys=True)})
+    metadata = {"architecture": json.dumps(architecture, sort_keys=True), "normalisation": _normalisation(network)}
+    content = _safetensors().torch.save(state, metadata)
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -80,20 +82,26 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     Raises:
         FileNotFoundError: there is no such file; no pretrained weights are published yet.
         TypeError: it is no path.
-        ValueError: it is no file of `save_weights`, or its names or shapes are not the network's; the message names
-            both architectures.
+        ValueError: it is no file of `save_weights`, its names or shapes are not the network's (the message names both
+            architectures), or its network had another kind of normalisation.
     """
+    network = getattr(network, "_orig_mod", network)
     held, file = _open(path)
     weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    there, here = file.metadata().get("normalisation", ""), _normalisation(network)
+    if there and here and there != here and "Frozen" not in there + here:
+        raise _misfit(path, held, network, f"{there} behind the first convolution, here {here}")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:  # names or shapes differ
-        first = shorten(str(error).splitlines()[1], 200, placeholder=" ...")
-        here = _plain(getattr(network, "architecture", None))
-        reader = f"this {type(network).__name__}" if here is None else _words(here)
-        raise ValueError(
-            f"weights={path} are for {_words(held)}, not for {reader}, which was to read them: {first}"
-        ) from error
+        raise _misfit(path, held, network, str(error).splitlines()[1]) from error
+
+
+def _misfit(path: str | PathLike[str], held: dict[str, Any], network: nn.Module, why: str) -> ValueError:
+    own = _plain(getattr(network, "architecture", None))
+    reader = f"this {type(network).__name__}" if own is None else _words(own)
+    why = shorten(why, 200, placeholder=" ...")
+    return ValueError(f"weights={path} are for {_words(held)}, not for {reader}, which was to read them: {why}")
 
 
 def _open(path: str | PathLike[str]) -> tuple[dict[str, Any], safetensors.safe_open]:
@@ -118,6 +126,14 @@ def _open(path: str | PathLike[str]) -> tuple[dict[str, Any], safetensors.safe_o
         f"weights={path} does not say which network of revnet.models it is for; {remedy}, and load it by "
         f"network.load_state_dict(safetensors.torch.load_file(...))"
     )
+
+
+def _normalisation(network: nn.Module) -> str:
+    """What the first normalisation of a network computes, in words that no version of torch changes."""
+    first = getattr(network, "bn1", None)
+    settings = [f"{name}={getattr(first, name)}" for name in ("num_groups", "eps") if hasattr(first, name)]
+    kind = type(first).__name__.replace("SyncBatchNorm", "BatchNorm2d")
+    return "" if first is None else f"{kind}({', '.join(settings)})"
 
 
 def _safetensors() -> Any:

@@ -107,7 +107,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def configuration(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
-    """How the network and the data of a checkpoint were made, see `Task`.
+    """How the network and the data of a checkpoint were made, see `Task`, but for weights that it began with.
 
     Args:
         checkpoint: from `read_checkpoint`.
@@ -121,7 +121,10 @@ def configuration(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> d
             f"ckpt_path={path} does not say how its network and data were made: it has no 'config'; give one that "
             f"revnet-train wrote, or weights=FILE data=... to revnet-eval"
         )
-    return checkpoint["config"]
+    config = dict(checkpoint["config"])
+    if config.get("model", {}).get("weights") is not None:  # the checkpoint has others, and that file may be gone
+        config["model"] = {**config["model"], "weights": None}
+    return config
 
 
 def data_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

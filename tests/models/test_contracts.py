@@ -152,6 +152,24 @@ def test_an_extractor_gives_the_outputs_of_the_stages(name):
     check_gradients(extractor.train(), lambda module: total(module(x)))
 
 
+def test_the_stem_is_seen_as_that_of_a_resnet():
+    """An extractor, a getter and a hook see the same, of the sizes and signs of torchvision's."""
+    network, x, hooked = get_model("revnet18").eval(), images(), {}
+    names = {"relu": "relu", "maxpool": "maxpool"}
+    found = create_feature_extractor(network, names)(x)
+    gotten = IntermediateLayerGetter(network, names)(x)
+    logits = network(x)
+    for name in names:
+        network.get_submodule(name).register_forward_hook(lambda _m, _i, y, name=name: hooked.update({name: y.clone()}))
+    assert torch.equal(network(x), logits)
+    assert found["relu"].shape == (2, 64, 32, 32)
+    assert found["maxpool"].shape == (2, 64, 16, 16)
+    assert found["maxpool"].min() >= 0
+    for name in names:
+        assert torch.equal(found[name], gotten[name])
+        assert torch.equal(found[name], hooked[name])
+
+
 @pytest.mark.parametrize(("name", "share"), [("revnet50", 0.4), ("revnet101", 0.3)])
 def test_an_extractor_keeps_the_saving_of_memory(name, share):
     extractor = create_feature_extractor(get_model(name), STAGES)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from revnet import ReversibleSequence, set_activations
-from revnet.models import get_model, list_models, revnet38, revnet56
+from revnet.models import get_model, list_models, revnet18, revnet38, revnet56
 from revnet.models.units import PoolPadShortcut
 from revnet.profiling import MemoryTimeline, measure_memory
 from revnet.reversible import slots
@@ -110,14 +111,25 @@ def test_default_activations_and_the_switch():
 
 @pytest.mark.parametrize("size", [(4, 4), (33, 21), (7, 40)])
 @pytest.mark.parametrize("name", SMALL)
-def test_any_size_of_at_least_the_total_stride(name, size):
+def test_images_of_any_size(name, size):
     assert get_model(name).eval()(torch.randn(2, 3, *size)).shape == (2, 10)
 
 
-@pytest.mark.parametrize(("name", "size", "least"), [("revnet38", 3, 4), ("revnet56", 31, 32)])
-def test_images_too_small_are_refused_with_the_least_size(name, size, least):
-    with pytest.raises(ValueError, match=rf"\(2, 3, {size}, {size}\).*at least {least}"):
-        get_model(name)(torch.randn(2, 3, size, size))
+@pytest.mark.parametrize("name", ["preact_resnet50", "revnet18", "revnet50", "revnet56"])
+def test_images_smaller_than_the_total_stride_are_taken_as_by_torchvision(name):
+    assert get_model(name, num_classes=5)(torch.randn(2, 3, 28, 20)).shape == (2, 5)
+    assert get_model(name, num_classes=5).eval()(torch.randn(2, 3, 1, 1)).shape == (2, 5)
+
+
+def test_images_too_small_to_be_squeezed_are_refused_with_the_least_size():
+    with pytest.raises(ValueError, match=r"\(2, 3, 31, 31\).*at least 32"):
+        revnet18(downsampling="space_to_depth")(torch.randn(2, 3, 31, 31))
+
+
+def test_the_first_layer_may_be_anything():
+    network = revnet18(num_classes=5)
+    network.conv1 = nn.Sequential(nn.Conv2d(6, 3, 1), network.conv1)
+    assert network(torch.randn(2, 6, 64, 64)).shape == (2, 5)
 
 
 def test_gray_images_and_other_class_counts():
@@ -138,7 +150,6 @@ def test_pool_pad_shortcut():
 
 
 def test_registry():
-    assert list_models() == sorted(list_models())
     assert {"preact_resnet50", "resnet110", "revnet104"} <= set(list_models())
     with pytest.raises(ValueError, match=r"unknown model 'revnet83'; did you mean 'revnet38'\?.*revnet164"):
         get_model("revnet83")

@@ -127,6 +127,11 @@ def test_a_normalisation_is_recorded_by_name(norm_layer, recorded, file):
         ),
         ("revnet18", {"num_classes": 7, "downsampling": "space_to_depth"}, "downsampling=space_to_depth"),
         ("revnet18", {"num_classes": 7, "norm_layer": partial(nn.GroupNorm, 8)}, r"norm_layer=torch.*GroupNorm\(8\)"),
+        (
+            "revnet18",
+            {"num_classes": 7, "norm_layer": partial(nn.BatchNorm2d, eps=1e-3)},
+            r"norm_layer=.*, which was to read them: BatchNorm2d\(eps=1e-05\).*, here BatchNorm2d\(eps=0\.001\)",
+        ),
     ],
 )
 def test_weights_of_another_network_are_refused_with_both_names(name, arguments, message, file):
@@ -201,7 +206,8 @@ def test_the_metadata_are_the_architecture_as_json(file):
     save_weights(revnet38(activations=plan), file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    assert metadata.keys() == {"architecture"}
+    assert metadata.keys() == {"architecture", "normalisation"}
+    assert metadata["normalisation"] == "BatchNorm2d(eps=0.001)"
     assert json.loads(metadata["architecture"]) == architecture_of(file)
     assert architecture_of(file)["arguments"] == {"num_classes": 10, "activations": list(plan)}
 
@@ -230,3 +236,10 @@ def test_a_file_that_cannot_be_written_leaves_nothing_and_takes_nothing(tmp_path
 def test_a_network_with_its_architecture_can_be_pickled():
     network = pickle.loads(pickle.dumps(revnet38(num_classes=3)))
     assert network.architecture == {"model": "revnet38", "arguments": {"num_classes": 3}}
+
+
+def test_a_network_that_torch_compile_has_wrapped_is_written_and_read_as_itself(file):
+    network, other = revnet18(num_classes=3), revnet18(num_classes=3)
+    save_weights(torch.compile(network), file)
+    load_weights(torch.compile(other), file)
+    assert outputs(other).equal(outputs(network))

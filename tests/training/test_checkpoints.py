@@ -13,6 +13,7 @@ from torch import nn
 from revnet.training import (
     AtomicCheckpoints,
     Classifier,
+    configuration,
     load_weights,
     newest_checkpoint,
     one_cycle,
@@ -163,3 +164,9 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(tmp_path: Path, mo
     monkeypatch.setattr("torch.load", refuse)
     with pytest.raises(PermissionError, match=r"some\.ckpt"):
         newest_checkpoint(tmp_path)
+
+
+def test_the_file_that_a_network_began_with_is_not_asked_for_again() -> None:
+    given = {"config": {"model": {"name": "net", "weights": "gone.safetensors"}, "data": {}}}
+    assert configuration(given, "a.ckpt") == {"model": {"name": "net", "weights": None}, "data": {}}
+    assert given["config"]["model"]["weights"] == "gone.safetensors"
