@@ -114,6 +114,8 @@ def mistake(error: BaseException) -> str | None:
         return (configured and _misfit(configured, target, line)) or None
     if isinstance(error, RuntimeError) and re.search(LOST, f"{type(error).__name__} {line}"):
         return f"another process of the run has ended or hangs; go on with run_dir=... ckpt_path=last ({line[:200]})"
+    if isinstance(error, RuntimeError) and line.startswith("Early stopping conditioned on metric"):
+        return line
     if type(error).__name__ == KILLED:
         return "a job was killed, most likely because memory ran out, and with it those beside and behind it"
     if type(error).__module__.partition(".")[0] in SERVICES:

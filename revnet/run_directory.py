@@ -57,6 +57,9 @@ class KeepRuns(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Look at the sweep's directory."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            line = "a sweep (-m) starts each of its runs itself: start it without torchrun, or the runs one by one"
+            leave(config.hydra.job.config_name, line, status=2)
         if any(override.startswith("run_dir=") for override in config.hydra.overrides.task):
             line = "run_dir is the directory of one run; hydra.sweep.dir is that of a sweep, whose runs are numbered"
             leave(config.hydra.job.config_name, line, status=2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +142,30 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         )
 
 
+def _refuse_odd_best(callbacks: DictConfig) -> None:
+    """Look at how the best checkpoint is to be chosen.
+
+    Raises:
+        ValueError: it would be the worst one, another than was validated, or the last of several under one name.
+    """
+    best = callbacks.get("best")
+    if best is None:
+        return
+    name = str(best.get("monitor")).rpartition("/")[2]
+    mode = {"accuracy": "max", "nats": "max", "loss": "min", "bits_per_dim": "min"}.get(name, best.get("mode"))
+    if best.get("mode") != mode:
+        raise ValueError(
+            f"best.monitor={best.monitor} with best.mode={best.mode} keeps the worst: set best.mode={mode}"
+        )
+    if best.get("save_top_k", 1) not in (0, 1) and "{" not in best.filename:
+        raise ValueError(
+            f"callbacks.best.save_top_k={best.save_top_k}: several checkpoints need several names, such as "
+            "callbacks.best.filename='best-{epoch}'"
+        )
+    if best.get("save_weights_only") and "_target_" in (callbacks.get("ema") or ()):
+        raise ValueError("callbacks.best.save_weights_only=true leaves averaged weights out: set it to false with ema")
+
+
 def _devices(trainer: DictConfig) -> int:
     """How many a trainer's settings ask for on each machine."""
     devices = trainer.devices
@@ -201,6 +227,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
         raise ValueError(f"threads={cfg.threads}: give a number of threads, at least 1, or null")
     refuse_contradictions(cfg.trainer)
+    _refuse_odd_best(cfg.callbacks)
     pl.seed_everything(cfg.seed, workers=True)
     torch.set_num_threads(cfg.threads or THREADS)  # an earlier job of a sweep may have set others
     data, task = build(cfg)
@@ -314,7 +341,9 @@ def _leaving_when_told(trainer: Trainer, run_dir: str) -> Iterator[None]:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
         what = "Ctrl-C" if last is not None and last.interrupted else "SIGTERM"
-        how = f"go on with revnet-train run_dir={run_dir} ckpt_path=last"
+        plain = re.fullmatch(r"[\w./-]+", run_dir, re.ASCII)
+        given = f"run_dir={run_dir}" if plain else shlex.quote(f"run_dir='{run_dir}'")  # for Hydra, and for the shell
+        how = f"go on with revnet-train {given} ckpt_path=last"
         line = f"stopped by {what} after step {trainer.global_step}: {how if last else 'nothing was saved'}"
         leave("train", line, 130 if what == "Ctrl-C" else 143)
 

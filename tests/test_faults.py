@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -607,6 +608,10 @@ def test_a_process_that_gets_no_more_memory_ends_in_one_line(tmp_path: Path) -> 
         (["+trainer.val_check_interval=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),
         (["trainer.gradient_clip_val=-1"], r"trainer.gradient_clip_val=-1: give a norm, or null to clip nothing"),
         (["memory_budget=1MB"], r".* the least possible is [\d,]+ bytes.*"),
+        (["best.monitor=val/loss"], r"best.monitor=val/loss with best.mode=max keeps the worst: set best.mode=min"),
+        (["+callbacks.best.save_top_k=3"], r"callbacks.best.save_top_k=3: several checkpoints need several names, .*"),
+        (["callbacks=ema", "+callbacks.best.save_weights_only=true"], r".*save_weights_only=true leaves averaged .*"),
+        (["~optimizer"], r"optimizer=None: a network needs an optimizer factory to be trained"),
     ],
 )
 def test_settings_that_contradict_say_so_before_data_is_loaded(
@@ -657,3 +662,25 @@ def test_a_training_killed_before_its_first_checkpoint_begins_again(
         assert train(tmp_path / "run", *TRAINING) == 9
     assert train(tmp_path / "run", "ckpt_path=last") == 0
     assert differences(undisturbed(), outcome(tmp_path / "run")) == []
+
+
+def test_the_command_to_go_on_with_is_one_that_shell_and_hydra_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    directory = tmp_path / "a run, lr=0.1 (ä)"
+    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:3,signal:SIGTERM}"
+    assert invoke(train_module.main, f"run_dir='{directory}'", *TRAINING, fault) == 143
+    command = capsys.readouterr().err.partition("go on with revnet-train ")[2]
+    assert invoke(train_module.main, *shlex.split(command), "callbacks.fault=null") == 0
+    assert outcome(directory)["global_step"] == 18
+
+
+def test_a_monitor_of_early_stopping_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stop = "+callbacks.stop={_target_:pytorch_lightning.callbacks.EarlyStopping,monitor:val/acc}"
+    assert train(tmp_path / "run", *TRAINING, stop) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"revnet-train: Early stopping conditioned on metric `val/acc` which is not available\..*val/acc", line
+    )

@@ -1,6 +1,7 @@
 """Sweeps whose jobs run in other processes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning_fabric.plugins.environments import SLURMEnvironment
 
+from revnet import train
 from revnet.cli import compose
 from revnet.processes import _started_by_slurm, rank
+from tests.commands import invoke
 
 TINY = (
     *("data=fake", "data.image_shape=[3,8,8]", "trainer=cpu", "threads=1", "debug=fast"),
@@ -93,3 +96,13 @@ def test_every_launcher_numbers_the_processes(
         monkeypatch.setenv(name, value)
     assert rank() == number
     assert _started_by_slurm() == SLURMEnvironment.detect()
+
+
+def test_a_sweep_under_torchrun_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert invoke(train.main, "-m", "data=fake", "seed=0,1") == 2
+    assert re.fullmatch(r"revnet-train: a sweep \(-m\) starts each of its runs itself: .*\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []

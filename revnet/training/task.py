@@ -56,19 +56,21 @@ class Task(pl.LightningModule):
         Raises:
             ValueError: one of them refuses its settings.
         """
-        assert self._optimizer is not None
-        optimizer = _make("optimizer", self._optimizer, parameter_groups(self.network))
+        optimizer = self._made_optimizer()
         if self._scheduler is not None:
             _make("scheduler", self._scheduler, optimizer, total_steps=10**6)  # longer than any part of it
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer over `parameter_groups`, and the schedule over the steps that the trainer will take."""
+    def _made_optimizer(self) -> Optimizer:
         if self._optimizer is None:
             raise ValueError("optimizer=None: a network needs an optimizer factory to be trained")
+        return _make("optimizer", self._optimizer, parameter_groups(self.network))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer over `parameter_groups`, and the schedule over the steps that the trainer will take."""
         total_steps = self.trainer.estimated_stepping_batches
         if self._scheduler is not None and total_steps == float("inf"):
             raise ValueError("the schedule needs to know when training ends: set the trainer's max_epochs or max_steps")
-        optimizer = _make("optimizer", self._optimizer, parameter_groups(self.network))
+        optimizer = self._made_optimizer()
         self._settings = _settings(optimizer)
         _check_same(self._loaded_settings, self._settings)
         if self._scheduler is None:
