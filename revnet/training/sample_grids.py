@@ -58,7 +58,7 @@ class SampleGrids(Callback):
         """Go on from there."""
         self._drawn = state["drawn"]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew with another training."""
         self._drawn = min(self._drawn, trainer.current_epoch)
 

@@ -126,6 +126,24 @@ def test_pictures_are_drawn_at_the_first_validation_that_comes(fit_flow: Fit, tm
     ]
 
 
+def test_a_training_that_goes_on_draws_when_it_would_have_and_another_one_anew(fit_flow: Fit, tmp_path: Path) -> None:
+    def drawn() -> set[str]:
+        return {path.stem[-1] for path in (tmp_path / "pictures").glob("samples*")}
+
+    pictures = SampleGrids(tmp_path / "pictures", every_n_epochs=3, rows=2, columns=2)
+    trainer = fit_flow(DensityEstimator(tiny_flow(), ADAM), max_epochs=4, callbacks=[pictures])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = SampleGrids(tmp_path / "pictures", every_n_epochs=3, rows=2, columns=2)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=5, callbacks=[again], enable_model_summary=False, **quiet)
+    trainer.fit(
+        DensityEstimator(tiny_flow(), ADAM), levels(4), levels(2), ckpt_path=tmp_path / "a.ckpt", weights_only=True
+    )
+    assert drawn() == {"3"}
+    fit_flow(DensityEstimator(tiny_flow(), ADAM), max_epochs=2, callbacks=[pictures])
+    assert drawn() == {"3"}
+
+
 def test_reconstructions_stand_below_their_images() -> None:
     images, labels = next(iter(levels(1)))
     pictures = SampleGrids("nowhere", rows=2, columns=10)._pictures(
