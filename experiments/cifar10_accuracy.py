@@ -60,7 +60,11 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "revnet110 exact stored": ("revnet110", {"exact": True, "activations": "store"}),
 }
 TWINS = {"revnet38": "resnet32", "revnet110": "resnet110"}
-RECIPES = {"sgd": ("cifar10_fast", ("data.batch_size=128", "optimizer.lr=0.1")), "muon": ("cifar10_muon", ())}
+RECIPES = {
+    "sgd": ("cifar10_fast", ("data.batch_size=128", "optimizer.lr=0.1")),
+    "muon": ("cifar10_muon", ()),
+    "muon_mixup": ("cifar10_muon_mixup", ()),
+}
 
 
 def run(network: str, seed: int, options: argparse.Namespace) -> Row:
