@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from revnet.arguments import check_overrides
 from revnet.mistakes import KILLED, leave, mistake, unplaced, valid
+from revnet.processes import leave_group
 from revnet.run_directory import forget
 
 __all__ = ["command", "compose"]
@@ -100,6 +101,7 @@ def command(
             os.environ[FULL_ERROR] = "1"
             try:
                 run(job)
+                leave_group()
             except KeyboardInterrupt:
                 leave(config_name, "interrupted", status=130)
             except JobFailed:

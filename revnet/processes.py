@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["rank", "agree"]
+__all__ = ["rank", "agree", "leave_group"]
 
 
 def rank() -> int:
@@ -33,3 +33,14 @@ def agree(directory: str) -> str:
     if rank() == 0:
         store.set(key, directory)
     return store.get(key).decode()
+
+
+def leave_group() -> None:
+    """End torch's group of processes, which Lightning does for NCCL alone.
+
+    Gloo's threads may hold tensors still, and end a run that has finished in SIGABRT where Python is gone before them.
+    """
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

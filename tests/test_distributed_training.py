@@ -1,5 +1,6 @@
 """Commands with two processes, which train as one with the batches of both, and end when one of them does."""
 
+import atexit
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from revnet import evaluate, train
@@ -45,6 +47,14 @@ class NotANumber(nn.CrossEntropyLoss):
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return super().forward(logits, labels) * (float("nan") if os.environ["RANK"] == "1" else 1)
+
+
+class AtExit(Callback):
+    """Writes whether there is a group of processes still when Python ends."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        file = Path(f"group_{trainer.global_rank}")
+        atexit.register(lambda: file.write_text(str(torch.distributed.is_initialized())))
 
 
 def environment(**variables: Any) -> dict[str, str]:
@@ -84,8 +94,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_train_as_one_with_the_doubled_batch(
     trainer: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = torchrun(tmp_path, f"trainer={trainer}")  # its directory is named by the time, and is still only one
+    at_exit = "+callbacks.at_exit._target_=tests.test_distributed_training.AtExit"
+    run = torchrun(tmp_path, f"trainer={trainer}", at_exit)  # its directory is named by the time, and is still only one
     assert run.returncode == 0, run.stderr
+    assert [(tmp_path / f"group_{number}").read_text() for number in (0, 1)] == ["False", "False"]
     (checkpoint,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
     together = torch.load(checkpoint, weights_only=True)
     assert together["global_step"] == alone["global_step"] == 5
