@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class KeepRuns(Callback):
                 config.hydra.output_subdir += f"_{max(earlier) + 1}" if earlier else ""
         absolute = Path(os.path.abspath(directory))
         _before[str(absolute)] = {absolute, *absolute.rglob("*")} if absolute.exists() else set()
+        if config.hydra.output_subdir is not None:
+            with self._claiming(config, directory):
+                (directory / config.hydra.output_subdir).mkdir(parents=True)
         agree(str(directory))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -63,7 +67,21 @@ class KeepRuns(Callback):
         if any(override.startswith("run_dir=") for override in config.hydra.overrides.task):
             line = "run_dir is the directory of one run; hydra.sweep.dir is that of a sweep, whose runs are numbered"
             leave(config.hydra.job.config_name, line, status=2)
-        self._refuse(config, Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
+        directory = Path(config.hydra.sweep.dir)
+        self._refuse(config, directory, "choose another hydra.sweep.dir")
+        with self._claiming(config, directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "multirun.yaml").touch(exist_ok=False)  # Hydra fills it
+
+    @contextmanager
+    def _claiming(self, config: DictConfig, directory: Path) -> Iterator[None]:
+        """Make what only one of several runs that begin in a directory at the same time can, as nobody else has."""
+        try:
+            yield
+        except FileExistsError:
+            self._refuse(config, directory, "another run has just begun there, choose another directory")
+        except OSError:
+            return  # Hydra meets the same when it writes there, and says so
 
     def _refuse(self, config: DictConfig, directory: Path, remedy: str) -> None:
         if directory.is_dir() and any(directory.iterdir()):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import pytorch_lightning  # noqa: F401  (before a command takes its loggers over)
 import torch
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from revnet.cli import command, compose
 from revnet.mistakes import is_out_of_memory, leave, mistake
 from revnet.reversible import split_halves
-from revnet.run_directory import with_saved_overrides
+from revnet.run_directory import KeepRuns, with_saved_overrides
 from revnet.training import read_checkpoint
 from tests.commands import invoke
 
@@ -388,6 +389,18 @@ def test_a_directory_with_something_in_it_is_left_untouched(
     (only,) = lines(capsys.readouterr().err)
     assert only.startswith("revnet-train: mine is not empty and nothing is written over: choose another ")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("begin", [KeepRuns.on_run_start, KeepRuns.on_multirun_start])
+def test_a_directory_is_taken_at_once(begin: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
+    directories = ["hydra.run.dir=mine", "hydra.sweep.dir=mine", "hydra.job.config_name=train"]
+    with hydra.initialize_config_module("revnet.conf", version_base="1.3"):
+        cfg = hydra.compose("train", directories, return_hydra_config=True)
+    begin(KeepRuns(), cfg)
+    with pytest.raises(SystemExit) as stop:
+        begin(KeepRuns(), cfg)
+    assert stop.value.code == 2
+    assert "mine is not empty" in capsys.readouterr().err
 
 
 def test_a_run_dir_is_not_that_of_a_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
