@@ -11,8 +11,9 @@ ROOT/test then decides what the figures mean, and NAME says it.
     python experiments/cifar10_accuracy.py ROOT [--data cifar10] [--name CIFAR-10] [--recipe sgd] [--epochs 30]
         [--seeds 0 1 2] [--networks resnet32 revnet38 "revnet38 exact"] [--device cpu] [--threads 1]
 
-Each run is written as it ends to experiments/results/cifar10_HARDWARE_DATE.json, with its whole configuration; one that
-is there already is not repeated, one that was stopped goes on. The picture beside it shows the curves.
+Each run is written as it ends to experiments/results/cifar10_HARDWARE_DATE.json, with its whole configuration and the
+command, commit and date of its every start; one that is there already is not repeated, one that was stopped goes on.
+The picture beside it shows the curves.
 
 Small networks use one core better than two: started twice side by side, each on other networks or seeds and with
 --threads 1, it trains more in the same time. Such runs count for the errors; times are told by those without --threads.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -112,7 +114,9 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
         "images_per_second": rate,
         "seconds_per_epoch": train_images(cfg) / rate,
         "peak_bytes_of_activations": memory.peak,
+        "train_accuracy": values(directory, "train/accuracy"),
         "val_accuracy": values(directory, "val/accuracy"),
+        "starts": starts(directory),
         "configuration": configuration,
     }
 
@@ -138,6 +142,13 @@ def values(directory: Path, column: str) -> list[float]:
     newest = max((directory / "csv").iterdir(), key=lambda version: int(version.name.partition("_")[2]))
     with (newest / "metrics.csv").open() as file:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+
+
+def starts(directory: Path) -> list[dict[str, Any]]:
+    """Date, command, commit and threads with which the run was begun, and gone on with."""
+    records = sorted(directory.glob("environment*.json"), key=lambda record: record.stat().st_mtime)
+    found = [json.loads(record.read_text()) for record in records]
+    return [{key: start[key] for key in ("date", "command", "commit", "threads")} for start in found]
 
 
 def error(row: Row) -> float:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -71,19 +72,36 @@ def test_the_code_of_the_other_pages_runs(tmp_path: Path, monkeypatch: pytest.Mo
             exec(compile(block, page, "exec"), {"__name__": page})
 
 
-def test_the_notebook_ends_with_a_trained_network_and_a_picture(tmp_path: Path) -> None:
+def test_the_notebook_begins_with_the_installation_and_ends_with_a_trained_network_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a copy of the checkout, whose package is installed beside those that are there, and used from then on."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("revnet", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    site = tmp_path / "site"
+    for directory in (tmp_path / "docs", site):  # a place of packages has to be there when Python starts
+        directory.mkdir()
+    for name, value in {"TARGET": str(site), "NO_DEPS": "1", "NO_BUILD_ISOLATION": "0", "NO_INDEX": "1"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)  # (0 says that there is no isolation)
+    monkeypatch.setenv("PYTHONPATH", str(site))
     notebook = nbformat.read(ROOT / "docs/tutorial.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)
     (install,) = [cell for cell in notebook.cells if "install" in cell.metadata.get("tags", [])]
-    assert install.source == "%pip install .."
-    notebook.cells.remove(install)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    assert install is next(cell for cell in notebook.cells if cell.cell_type == "code")
+    notebook.cells.append(nbformat.v4.new_code_cell("import revnet; print('installed in', *revnet.__path__)"))
+    resources = {"metadata": {"path": tmp_path / "docs"}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
+    assert f"installed in {site}/revnet" in text
     accuracy = re.search(r"accuracy on test images: ([\d.]+)%", text)
     assert accuracy is not None
     assert float(accuracy[1]) > 50
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-2]  # ahead of that which was appended
+    assert "memory" in last.source
+    assert any("image/png" in output.get("data", {}) for output in last.outputs)
 
 
 def test_every_package_is_rendered_without_a_warning(tmp_path: Path) -> None:

@@ -470,25 +470,36 @@ def test_a_run_without_a_checkpoint_that_can_be_read_does_not_begin_again(
     assert re.fullmatch(r"revnet-train: ckpt_path=last: no checkpoint in .*/checkpoints can be read; remove .*", line)
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_the_older_checkpoints(
+@pytest.mark.parametrize(
+    ("function", "number"),
+    [("os.fsync", errno.ENOSPC), ("Path.open", errno.EACCES), ("Path.open", errno.EROFS), ("Path.replace", errno.EIO)],
+)
+def test_a_full_disk_or_one_that_fails_ends_in_one_line_and_leaves_the_older_checkpoints(
+    function: str,
+    number: int,
     undisturbed: Callable[..., dict[str, Any]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The fourth checkpoint of `last` does not find room."""
-    written: list[int] = []
+    """The fourth checkpoint of `last` does not find room, or a directory that can be written."""
+    owner, name = {"os": os, "Path": Path}[function.partition(".")[0]], function.partition(".")[2]
+    call = getattr(owner, name)
+    written: list[object] = []
 
-    def fsync(file: int) -> None:
-        written.append(file)
-        if len(written) == 6:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fail(file: Any, *arguments: Any, **keywords: Any) -> Any:
+        if name == "fsync" or file.name.endswith(".part"):
+            written.append(file)
+            if len(written) == 6:
+                raise OSError(number, os.strerror(number))
+        return call(file, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr("revnet.training.checkpoints.os.fsync", fsync)
+        patch.setattr(owner, name, fail)
         assert train(tmp_path / "run", *TRAINING) == 1
+    assert len(written) == 6
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"revnet-train: .*No space left on device: no checkpoint could be .*ckpt'", line)
+    assert re.fullmatch(rf"revnet-train: .*{os.strerror(number)}: no checkpoint could be .*ckpt'", line)
     folder = tmp_path / "run/checkpoints"
     assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     steps = [torch.load(folder / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("previous", "last")]

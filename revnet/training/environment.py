@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -20,17 +22,18 @@ PACKAGE = Path(__file__).parent
 
 
 def environment() -> dict[str, str | int | None]:
-    """Describe software and hardware: versions, command, commits, machine, threads, GPU.
+    """Describe software and hardware: date, versions, command, commits, machine, threads, GPU.
 
     `commit` is that of this package's checkout, if it is one, `commit_here` that of the one that the program runs in.
     """
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         **{name: version(name) for name in ("revnet", "torch", "torchvision", "pytorch-lightning")},
         # Installed, the package lies perhaps within the checkout of something else.
         "commit": None if "site-packages" in PACKAGE.parts else _commit(PACKAGE),
         "commit_here": _commit(Path.cwd()),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

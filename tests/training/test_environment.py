@@ -2,6 +2,7 @@ import json
 import platform
 import re
 import subprocess
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ def test_environment_is_plain_and_true() -> None:
     assert json.loads(json.dumps(described)) == described
     assert described["python"] == platform.python_version()
     assert described["torch"] == torch.__version__.partition("+")[0]
+    begun = datetime.fromisoformat(str(described["date"]))
+    assert abs(datetime.now(timezone.utc) - begun) < timedelta(minutes=1)
     assert described["threads"] == torch.get_num_threads()
     assert (described["gpu"] is None) == (not torch.cuda.is_available())
 
