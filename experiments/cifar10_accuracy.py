@@ -45,7 +45,7 @@ from revnet.cli import compose
 from revnet.models import get_model
 from revnet.profiling import measure_memory
 from revnet.train import build, train
-from revnet.training import load_weights, read_checkpoint
+from revnet.training import load_checkpoint, read_checkpoint
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -125,7 +125,7 @@ def test_accuracy_with_flip(cfg: DictConfig, checkpoint: Path) -> float:
     cfg = cfg.copy()
     cfg.task.test_time_flip = True
     data, task = build(cfg)
-    load_weights(task, read_checkpoint(str(checkpoint)), str(checkpoint))
+    load_checkpoint(task, read_checkpoint(str(checkpoint)), str(checkpoint))
     trainer = instantiate(cfg.trainer, _convert_="all", logger=False, enable_checkpointing=False)
     (metrics,) = trainer.test(task, datamodule=data, verbose=False)
     return float(metrics["test/accuracy"])

@@ -35,7 +35,7 @@ from revnet.data.datasets import TensorImages
 from revnet.flows import Flow
 from revnet.reversible import ReversibleSequence
 from revnet.train import build, train
-from revnet.training import load_weights, read_checkpoint
+from revnet.training import load_checkpoint, read_checkpoint
 from revnet.training.density import seeded
 
 matplotlib.use("agg")
@@ -156,7 +156,7 @@ def main() -> None:
     assert isinstance(flow, Flow)
     data.setup()
     checkpoint = str(run_dir / "checkpoints/best.ckpt")
-    load_weights(task, read_checkpoint(checkpoint), checkpoint)
+    load_checkpoint(task, read_checkpoint(checkpoint), checkpoint)
     torch.manual_seed(0)
     test = data.splits["test"]
     assert isinstance(test, TensorImages)

@@ -77,9 +77,9 @@ def offer_checkpoint(overrides: list[str]) -> None:
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:
-    from revnet.training import configuration, read_checkpoint
+    from revnet.training import checkpoint_config, read_checkpoint
 
-    return configuration(read_checkpoint(path), path)
+    return checkpoint_config(read_checkpoint(path), path)
 
 
 def _of_weights(path: str) -> dict[str, Any]:
@@ -109,14 +109,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     """
     from pytorch_lightning.callbacks import RichProgressBar
 
-    from revnet.training import load_weights, print_summary, read_checkpoint
+    from revnet.training import load_checkpoint, print_summary, read_checkpoint
 
     data, task = build(cfg)
     if cfg.weights is not None:
         models.load_weights(task.network, cfg.weights)
     else:
         checkpoint = read_checkpoint(cfg.ckpt_path)
-        load_weights(task, checkpoint, cfg.ckpt_path)
+        load_checkpoint(task, checkpoint, cfg.ckpt_path)
         _prepare_as_for_training(data, cfg.data, checkpoint)
     files = {"tested weights": cfg.weights or cfg.ckpt_path}
     if cfg.save_weights is not None:
@@ -142,10 +142,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 def _prepare_as_for_training(data: LightningDataModule, cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
     """Normalise the images by what the network was trained with, and say what else is done to them in another way."""
-    from revnet.training import data_state
+    from revnet.training import checkpoint_data_state
 
     trained = checkpoint["config"]["data"]
-    state = data_state(checkpoint)
+    state = checkpoint_data_state(checkpoint)
     if state is not None:
         data.load_state_dict(state)
     elif cfg != trained and str(cfg.get("normalization")).startswith("mean"):

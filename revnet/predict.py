@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from revnet.data import Normalize
-from revnet.training import configuration, data_state, load_weights, read_checkpoint
+from revnet.training import checkpoint_config, checkpoint_data_state, load_checkpoint, read_checkpoint
 
 __all__ = ["Predictor"]
 
@@ -31,22 +31,20 @@ class Predictor(nn.Module):
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of `revnet-train`, or that of a flow.
 
-    Example:
-        predictor = Predictor("runs/NAME/DATE/checkpoints/best.ckpt")
-        image = torchvision.transforms.v2.functional.resize(revnet.data.read_image("cat.png"), [32, 32])
-        logits = predictor(torchvision.transforms.v2.functional.pil_to_tensor(image)[None])
+    `task.test_time_flip` is not applied: for it, average the logits of the images and of their mirror images. How an
+    image file becomes such bytes is shown in `docs/commands.md`.
     """
 
     def __init__(self, ckpt_path: str | PathLike[str]) -> None:
         super().__init__()
         checkpoint = read_checkpoint(ckpt_path)
-        config, state = configuration(checkpoint, ckpt_path), data_state(checkpoint)
+        config, state = checkpoint_config(checkpoint, ckpt_path), checkpoint_data_state(checkpoint)
         if state is None:
             raise ValueError(f"ckpt_path={ckpt_path} does not say how its images were normalised: train it anew")
         network = instantiate(config["model"], _convert_="all")
         if hasattr(network, "log_prob"):
             raise ValueError(f"ckpt_path={ckpt_path} is of a flow, which has no logits: see revnet-sample")
-        load_weights(instantiate(config["task"], network=network), checkpoint, ckpt_path)
+        load_checkpoint(instantiate(config["task"], network=network), checkpoint, ckpt_path)
         self.normalize = Normalize(state["shift"], state["scale"])
         self.network = network
         self.class_names: list[str] | None = state.get("class_names")

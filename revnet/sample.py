@@ -31,7 +31,7 @@ def sample(cfg: DictConfig) -> Tensor:
     """
     from torchvision.utils import save_image
 
-    from revnet.training import DensityEstimator, configuration, load_weights, read_checkpoint
+    from revnet.training import DensityEstimator, checkpoint_config, load_checkpoint, read_checkpoint
 
     if OmegaConf.is_missing(cfg, "ckpt_path"):
         raise ValueError("ckpt_path is missing: revnet-sample ckpt_path=runs/NAME/DATE/checkpoints/best.ckpt")
@@ -46,12 +46,12 @@ def sample(cfg: DictConfig) -> Tensor:
     if Path(cfg.out).exists():
         raise ValueError(f"out={cfg.out} exists already: remove it, or give another path")
     checkpoint = read_checkpoint(cfg.ckpt_path)
-    model = configuration(checkpoint, cfg.ckpt_path)["model"]
+    model = checkpoint_config(checkpoint, cfg.ckpt_path)["model"]
     flow: Any = instantiate(model, _convert_="all")
     if not hasattr(flow, "sample"):
         name = model["_target_"].rpartition(".")[2]
         raise ValueError(f"ckpt_path={cfg.ckpt_path} is of {name}, which has no density to sample from: give a flow's")
-    load_weights(DensityEstimator(flow), checkpoint, cfg.ckpt_path)
+    load_checkpoint(DensityEstimator(flow), checkpoint, cfg.ckpt_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flow.to(device).eval()
     classes = model.get("classes")

@@ -215,7 +215,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         AtomicCheckpoints,
         EnvironmentRecord,
         TrainingMonitor,
-        load_weights,
+        load_checkpoint,
         newest_checkpoint,
         print_summary,
         read_checkpoint,
@@ -261,7 +261,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trained = 0
     if ckpt_path is not None:
         checkpoint = read_checkpoint(ckpt_path)
-        load_weights(task, checkpoint, ckpt_path)
+        load_checkpoint(task, checkpoint, ckpt_path)
         trained = checkpoint["global_step"]
         if "config" in checkpoint and task.config is not None:
             _say_what_changed(checkpoint["config"], task.config)

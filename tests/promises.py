@@ -1,4 +1,4 @@
-"""A pytest plugin: under `--promises` a session fails unless every test that README's table of promises links has run.
+"""A pytest plugin: under `--promises` a session fails unless every test that docs/promises.md links has run.
 
 A row of the table is `| number | promise | [name](file), ... | CUDA |`, each link that of a test function in a file. A
 test with parameters has run if it ran with any of them. One marked `gpu` need not run if the row's last cell says "not
@@ -17,10 +17,10 @@ import pytest
 
 __all__ = ["Row", "read_rows"]
 
-HEADING = "## What is promised, and the test of it"
+HEADING = "# What is promised, and the test of it"
 UNMEASURED = "not yet measured on CUDA"
 MEASURED = re.compile(r"measured \d{4}-\d\d-\d\d, .+")
-LINK = re.compile(r"\[([^\]]+)\]\((tests/[^)]+)\)")
+LINK = re.compile(r"\[([^\]]+)\]\(\.\./(tests/[^)]+)\)")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Row:
     cuda: str
 
 
-def read_rows(readme: str) -> list[Row]:
+def read_rows(page: str) -> list[Row]:
     """The rows of the table below the heading, in order."""
-    _, found, section = readme.partition(HEADING + "\n")
+    _, found, section = page.partition(HEADING + "\n")
     if not found:
-        raise ValueError(f"README.md has no section {HEADING!r}")
+        raise ValueError(f"docs/promises.md has no section {HEADING!r}")
     rows = []
     for line in section.split("\n## ")[0].splitlines():
         if match := re.match(r"\| *(\d+) *\|", line):
@@ -56,8 +56,8 @@ class _Seen:
 class Promises:
     """Watches a session and compares it with the table."""
 
-    def __init__(self, readme: Path) -> None:
-        self.readme = readme
+    def __init__(self, page: Path) -> None:
+        self.page = page
         self.seen: dict[str, _Seen] = {}
         self.broken: list[str] = []
 
@@ -93,7 +93,7 @@ class Promises:
 
     def _complaints(self) -> Iterator[str]:
         try:
-            rows = read_rows(self.readme.read_text("utf-8"))
+            rows = read_rows(self.page.read_text("utf-8"))
         except (OSError, ValueError) as error:
             yield str(error)
             return
@@ -126,9 +126,11 @@ def _function(node_id: str) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--promises", action="store_true", help="fail unless every test that README's table links has run")
+    parser.addoption(
+        "--promises", action="store_true", help="fail unless every test that docs/promises.md links has run"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("promises") and not config.option.collectonly:
-        config.pluginmanager.register(Promises(config.rootpath / "README.md"))
+        config.pluginmanager.register(Promises(config.rootpath / "docs/promises.md"))

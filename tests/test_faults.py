@@ -63,7 +63,7 @@ def kill(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 LastCheckpoint.{hook} = kill
 """
-TIMES = {"images_per_second", "peak_memory_mib"}
+TIMES = {"images_per_second", "peak_memory_mb"}
 
 
 def train(directory: Path, *overrides: str) -> int:

@@ -1,4 +1,4 @@
-"""The plugin that holds the README's table of promises to the tests."""
+"""The plugin that holds the table of promises to the tests."""
 
 import ast
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_that_fails():
 
 
 def link(name):
-    return f"[{name}](tests/test_it.py)"
+    return f"[{name}](../tests/test_it.py)"
 
 
 @pytest.fixture
@@ -57,11 +57,14 @@ def session(pytester, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeini("[pytest]\nmarkers =\n    slow\n    gpu\n")
     pytester.mkdir("tests").joinpath("test_it.py").write_text(TESTS)
+    pytester.mkdir("docs")
 
     def run(*rows, arguments=("--promises",), select="not fixture_fails and not that_fails"):
         table = [f"| {i} | it holds | {tests} | {cuda} |" for i, (tests, cuda) in enumerate(rows, 1)]
-        text = ["# it", "", HEADING, "", "| # | promise | tests | CUDA |", "| --- | --- | --- | --- |", *table]
-        Path("README.md").write_text("\n".join([*text, "", "## Another section", "", "| 9 | other | table | |", ""]))
+        text = [HEADING, "", "| # | promise | tests | CUDA |", "| --- | --- | --- | --- |", *table]
+        Path("docs/promises.md").write_text(
+            "\n".join([*text, "", "## Another section", "", "| 9 | other | table | |", ""])
+        )
         marked = ("-m", "not slow and not gpu", "-k", select)
         return pytester.runpytest_inprocess("-p", "tests.promises", *marked, *arguments)
 
@@ -102,7 +105,7 @@ def test_a_linked_test_that_did_not_run_fails_the_session(session, tests, cuda, 
 
 
 def test_a_link_into_another_file_or_none_fails_the_session(session):
-    result = session(("[test_plain](tests/test_other.py)", ""), ("the [design](docs/design.md)", ""))
+    result = session(("[test_plain](../tests/test_other.py)", ""), ("the [design](docs/design.md)", ""))
     assert result.ret == 1
     result.stdout.fnmatch_lines(
         ["promise 1: tests/test_other.py::test_plain does not exist*", "promise 2 links no test"]
@@ -149,19 +152,19 @@ def test_without_the_option_nothing_changes(session):
     result.stdout.no_fnmatch_line("*promise*")
 
 
-def test_a_readme_without_the_table_fails_the_session(session):
+def test_a_page_without_the_table_fails_the_session(session):
     result = session()
     assert result.ret == 1
     result.stdout.fnmatch_lines(["the rows of the table are not numbered 1, 2, 3 ...: []"])
 
 
 def test_a_missing_section_is_an_error():
-    with pytest.raises(ValueError, match="no section '## What is promised"):
+    with pytest.raises(ValueError, match="no section '# What is promised"):
         read_rows("# revnet\n")
 
 
 def test_the_table_has_31_rows_that_link_tests_which_exist():
-    rows = read_rows((ROOT / "README.md").read_text("utf-8"))
+    rows = read_rows((ROOT / "docs/promises.md").read_text("utf-8"))
     assert [row.number for row in rows] == list(range(1, 32))
     for row in rows:
         assert row.tests

@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_and_says_so(tmp_path: Path) -> None:
     with (tmp_path / "here/csv/version_0/metrics.csv").open() as file:
         columns = {name for row in csv.DictReader(file) for name, value in row.items() if value}
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"} <= columns
-    assert {"images_per_second", "peak_memory_mib"} <= columns
+    assert {"images_per_second", "peak_memory_mb"} <= columns
     assert any(name.startswith("lr-SGD") for name in columns)
     assert any(name.startswith("reconstruction_error/") for name in columns)
 

@@ -4,8 +4,8 @@ from revnet.data.augment import cutout, mixing, random_crop, random_flip
 from revnet.data.cifar import CIFAR10, CIFAR100
 from revnet.data.datasets import FileImages, ReadableImages, TensorImages
 from revnet.data.digits import Digits
+from revnet.data.encoded_images import EncodedImages
 from revnet.data.fake import Fake
-from revnet.data.image_files import ImageFiles
 from revnet.data.image_folder import ImageFolder
 from revnet.data.mnist import MNIST
 from revnet.data.module import ImageDataModule
@@ -26,7 +26,7 @@ __all__ = [
     "ShardedImages",
     "Fake",
     "ImageDataModule",
-    "ImageFiles",
+    "EncodedImages",
     "TensorImages",
     "FileImages",
     "ReadableImages",

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from revnet.data.class_folders import class_names, few, list_images
 from revnet.data.datasets import Batch, FileImages, ReadableImages, TensorImages
-from revnet.data.image_files import ImageFiles
+from revnet.data.encoded_images import EncodedImages
 from revnet.data.module import Images
 
 __all__ = ["ImageFolder"]
@@ -23,7 +23,7 @@ __all__ = ["ImageFolder"]
 log = logging.getLogger(__name__)
 
 
-class ImageFolder(ImageFiles):
+class ImageFolder(EncodedImages):
     """Images of any size and mode in `root/train/CLASS/`, `root/test/CLASS/` and, if wanted, `root/val/CLASS/`.
 
     Of `val` and `test` one is enough: it is the test then, and the validation split is cut from `train`. Other folders
@@ -33,12 +33,12 @@ class ImageFolder(ImageFiles):
 
     Args:
         root: directory with these folders.
-        image_size: see `ImageFiles`.
+        image_size: see `EncodedImages`.
         memory_limit: GiB that images may take in memory.
         skip_unreadable: go on where a file is damaged or no image. Images in memory lack it then; where they are read
             when they are needed, the next readable file of the split stands in for it. A warning at the end of the
             reading, or of an epoch, says how many there are and names the first.
-        options: the other arguments of `ImageFiles`.
+        options: the other arguments of `EncodedImages`.
 
     Attributes:
         class_names: the folders in `train`, sorted; a label is the place among them.

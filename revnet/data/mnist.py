@@ -24,7 +24,7 @@ FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("imag
 class MNIST(ImageDataModule):
     """70,000 handwritten digits of 28x28 pixels; the official 10,000 are the test.
 
-    Validated is on the last `val_fraction` of the training images in their official order, as is usual for MNIST:
+    Validation uses the last `val_fraction` of the training images in their official order, as is usual for MNIST:
     1/6 of them are the last 10,000.
 
     Source: LeCun, Bottou, Bengio, Haffner, Gradient-Based Learning Applied to Document Recognition, 1998.

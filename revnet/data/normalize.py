@@ -50,7 +50,12 @@ class Normalize(nn.Module):
                 pixels keep their range: the paper's CIFAR), "symmetric" (to [-1, 1]: the paper's ImageNet),
                 "imagenet" (as torchvision's weights expect it) or "unit" (to [0, 1]: for flows).
             batches: the training images, for the first two.
+
+        Raises:
+            ValueError: it has another name.
         """
+        if name not in cls.NAMES:
+            raise ValueError(f"normalization={name!r}: valid are {', '.join(cls.NAMES)}")
         if name == "symmetric":
             return cls(torch.tensor(127.5), torch.tensor(127.5))
         if name == "unit":

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from revnet.data.datasets import Batch
+from revnet.data.encoded_images import EncodedImages
 from revnet.data.epochs import Places
-from revnet.data.image_files import ImageFiles
 from revnet.data.loader import Loader
 from revnet.data.shard_batches import ShardBatches, ShardLoader
 from revnet.data.shard_index import ShardIndex, need_webdataset
@@ -20,7 +20,7 @@ from revnet.data.shard_index import ShardIndex, need_webdataset
 __all__ = ["ShardedImages"]
 
 
-class ShardedImages(ImageFiles):
+class ShardedImages(EncodedImages):
     """The images of a folder that `revnet-shards` has converted; what is done with them is as in `ImageFolder`.
 
     Files are read from front to back, which suits slow and distant disks. Of `val` and `test` one is enough: it is the
@@ -28,11 +28,11 @@ class ShardedImages(ImageFiles):
 
     Args:
         root: directory of the shards.
-        image_size: see `ImageFiles`.
+        image_size: see `EncodedImages`.
         buffer: images that a worker holds, as files, and draws the next one from. The shards have been shuffled when
             they were written.
-        options: the other arguments of `ImageFiles`. The validation split takes `val_fraction` of the shards, at least
-            one.
+        options: the other arguments of `EncodedImages`. The validation split takes `val_fraction` of the shards, at
+            least one.
 
     Raises:
         FileNotFoundError: if there are no shards in `root`.

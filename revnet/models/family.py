@@ -207,12 +207,7 @@ def _revnet(
 
 def _refuse(unknown: dict[str, Any]) -> None:
     """TypeError for the first argument that no builder of the family knows."""
-    for name, value in unknown.items():
-        if name == "pretrained":
-            raise TypeError(
-                f"unexpected keyword argument 'pretrained' ({value!r}): no pretrained weights are published yet; leave "
-                f"it out, or give weights=PATH, a file of revnet.models.save_weights"
-            )
+    for name in unknown:
         valid = sorted([*(_revnet.__kwdefaults__ or ()), "weights", "progress"])
         near = "".join(f"did you mean {close!r}? " for close in get_close_matches(name, valid, n=1))
         raise TypeError(f"unexpected keyword argument {name!r}; {near}valid: {', '.join(valid)}")

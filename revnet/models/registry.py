@@ -28,6 +28,11 @@ def register_model(builder: Callable[..., Network]) -> Callable[..., Network]:
 
     @wraps(builder)
     def build(*, weights: str | PathLike[str] | None = None, progress: bool = True, **arguments: Any) -> Network:
+        if "pretrained" in arguments:
+            raise TypeError(
+                f"unexpected keyword argument 'pretrained' ({arguments['pretrained']!r}): no pretrained weights are "
+                f"published yet; leave it out, or give weights=PATH, a file of revnet.models.save_weights"
+            )
         network = builder(**arguments)
         network.architecture = {"model": name, "arguments": arguments}  # type: ignore[assignment]
         if weights is not None:

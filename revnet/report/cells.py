@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["FIGURES", "PARTS", "Cell", "Figure", "figure", "figures_of", "gibibytes", "name", "read_cells", "varied"]
+__all__ = [
+    "FIGURES",
+    "PARTS",
+    "Cell",
+    "Figure",
+    "figure",
+    "figures_of",
+    "name",
+    "read_cells",
+    "readable_bytes",
+    "varied",
+]
 
 Cell = dict[str, Any]  # what `revnet-profile` writes into result.json
 
@@ -15,19 +26,19 @@ Cell = dict[str, Any]  # what `revnet-profile` writes into result.json
 PARTS = ("parameters", "gradients", "optimizer", "input", "activations", "temporaries")
 
 
-def gibibytes(size: float) -> str:
-    """A number of bytes to be read: 3 digits and the unit.
+def readable_bytes(size: float) -> str:
+    """A number of bytes to be read: 3 digits and a decimal unit.
 
     Example:
-        >>> from revnet.report.cells import gibibytes
-        >>> gibibytes(463_000_000), gibibytes(3 * 2**30)
-        ('442 MiB', '3.00 GiB')
+        >>> from revnet.report.cells import readable_bytes
+        >>> readable_bytes(463_000_000), readable_bytes(3 * 10**9)
+        ('463 MB', '3.00 GB')
     """
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "kB", "MB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB" if size < 100 else f"{size:,.0f} GiB"
+        size /= 1000
+    return f"{size:.2f} GB" if size < 100 else f"{size:,.0f} GB"
 
 
 def _seconds(value: float) -> str:
@@ -45,9 +56,9 @@ class Figure(NamedTuple):
 
 FIGURES = (
     Figure("largest batch", "max_batch", "{:,}".format, first=True),
-    Figure("memory", "memory.total", gibibytes, first=True),
-    *(Figure(part, f"memory.{part}", gibibytes) for part in PARTS),
-    Figure("peak", "memory.peak", gibibytes, first=True),
+    Figure("memory", "memory.total", readable_bytes, first=True),
+    *(Figure(part, f"memory.{part}", readable_bytes) for part in PARTS),
+    Figure("peak", "memory.peak", readable_bytes, first=True),
     Figure("forward", "time.forward", _seconds),
     Figure("backward", "time.backward", _seconds),
     Figure("update", "time.optimizer", _seconds),

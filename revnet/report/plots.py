@@ -83,7 +83,7 @@ def time_plot(cells: Sequence[Cell]) -> bytes | None:
 
 def _unit(cells: Sequence[Cell]) -> tuple[str, int]:
     most = max(figure(cell, "memory.total") or 0 for cell in cells)
-    return ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
+    return ("GB", 10**9) if most >= 10**9 else ("MB", 10**6)
 
 
 def _legend(plot: Figure, **options: Any) -> None:

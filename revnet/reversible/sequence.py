@@ -47,7 +47,8 @@ class ReversibleSequence(nn.Sequential):
 
     `activations` says what becomes of a layer's activations between the forward and the backward pass: "store" keeps
     all that autograd saves (ordinary backpropagation), "recompute" keeps the layer's input and evaluates it again
-    (torch's checkpoint), "reconstruct" keeps nothing and computes the layer's input from its output. Weights,
+    (torch's checkpoint; the additive coupling behind a layer without an inverse is undone, which costs the same and
+    keeps less), "reconstruct" keeps nothing and computes the layer's input from its output. Weights,
     `state_dict` and output are the same under all three; gradients are equal up to the rounding of the reconstruction.
 
     Source: Gomez, Ren, Urtasun, Grosse 2017 (The Reversible Residual Network), section 3.2, with one evaluation of each
@@ -84,7 +85,8 @@ class ReversibleSequence(nn.Sequential):
 
     Memory under "reconstruct" is the sequence's output and the activations of one branch, whatever the depth. Use
     "store" where memory is not short: it is the fastest. Under "reconstruct" the graph is differentiated once only
-    (`create_graph=True` raises); under torch.func, tracing and export the layers run as under "store".
+    (`create_graph=True` raises; "store", or a plan of "recompute" for every layer, allow it); under torch.func, tracing
+    and export the layers run as under "store".
 
     Example:
         >>> import torch
@@ -156,6 +158,8 @@ class ReversibleSequence(nn.Sequential):
 
     def inverse(self, y1: Tensor, y2: Tensor | None = None, context: Any = None) -> Any:
         """The input state that `forward` maps to (y1, y2). Gradients through it are those of ordinary autograd.
+
+        It keeps all that autograd saves, whatever `activations` says: to train through the inverse, call `inv`.
 
         Raises:
             ValueError: a layer has no inverse.

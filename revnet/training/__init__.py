@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from revnet.training.checkpoints import (
     AtomicCheckpoints,
-    configuration,
-    data_state,
-    load_weights,
+    checkpoint_config,
+    checkpoint_data_state,
+    load_checkpoint,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -35,9 +35,9 @@ __all__ = [
     "step_decay",
     "one_cycle",
     "warmup_cosine",
-    "configuration",
+    "checkpoint_config",
     "constant_rate",
-    "data_state",
+    "checkpoint_data_state",
     "TrainingMonitor",
     "SampleGrids",
     "DriftGuard",
@@ -51,7 +51,7 @@ __all__ = [
     "memory_of",
     "newest_checkpoint",
     "read_checkpoint",
-    "load_weights",
+    "load_checkpoint",
     "print_summary",
     "EnvironmentRecord",
     "environment",

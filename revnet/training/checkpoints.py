@@ -15,7 +15,14 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from revnet.training.task import Task
 
-__all__ = ["AtomicCheckpoints", "configuration", "data_state", "newest_checkpoint", "read_checkpoint", "load_weights"]
+__all__ = [
+    "AtomicCheckpoints",
+    "checkpoint_config",
+    "checkpoint_data_state",
+    "newest_checkpoint",
+    "read_checkpoint",
+    "load_checkpoint",
+]
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +113,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def configuration(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
+def checkpoint_config(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
     """How the network and the data of a checkpoint were made, see `Task`, but for weights that it began with.
 
     Args:
@@ -127,13 +134,13 @@ def configuration(checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> d
     return config
 
 
-def data_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+def checkpoint_data_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint holds of its images: what they were normalised by, and their classes; None if it does not."""
     keys = {"normalization", "shift", "scale"}  # of `revnet.data.ImageDataModule.state_dict`
     return next((value for value in checkpoint.values() if isinstance(value, dict) and keys <= value.keys()), None)
 
 
-def load_weights(task: Task, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:
+def load_checkpoint(task: Task, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Copy a checkpoint's weights into a network of the same architecture.
 
     Args:

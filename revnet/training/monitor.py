@@ -24,7 +24,7 @@ class TrainingMonitor(Callback):
     Every `log_every_n_steps` optimizer steps of the trainer its loggers receive
 
     - `images_per_second`: images of the steps since the last entry over the time they took, validation excluded;
-    - `peak_memory_mib`: see `peak_memory`;
+    - `peak_memory_mb`: see `peak_memory`;
     - `reconstruction_error/NAME`: the attribute `reconstruction_error` of the module NAME of the network, for every
       module that has one which is not None.
 
@@ -34,14 +34,14 @@ class TrainingMonitor(Callback):
     Attributes:
         images_per_second: over the whole training, validation excluded; 0 before it.
         seconds_per_epoch: likewise.
-        peak_memory_mib: at the end of the training.
+        peak_memory_mb: at the end of the training.
         reconstruction_error: the largest at an entry, None if nothing has reported one.
     """
 
     def __init__(self) -> None:
         self.images_per_second = 0.0
         self.seconds_per_epoch = 0.0
-        self.peak_memory_mib = 0.0
+        self.peak_memory_mb = 0.0
         self.reconstruction_error: float | None = None
         self._images = self._window_images = self._window_step = self._epochs = 0
         self._start = self._window_start = self._pause = self._paused = 0.0
@@ -90,12 +90,12 @@ class TrainingMonitor(Callback):
         seconds = time.perf_counter() - self._start - self._paused
         self.images_per_second = (self._images + self._window_images) / seconds
         self.seconds_per_epoch = seconds / max(1, self._epochs)
-        self.peak_memory_mib = peak_memory(pl_module.device) / 2**20
+        self.peak_memory_mb = peak_memory(pl_module.device) / 10**6
         self._errors(pl_module)
 
     def figures(self) -> dict[str, float]:
         """The attributes by name, without a reconstruction error that nothing reports."""
-        names = ("images_per_second", "seconds_per_epoch", "peak_memory_mib", "reconstruction_error")
+        names = ("images_per_second", "seconds_per_epoch", "peak_memory_mb", "reconstruction_error")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -103,7 +103,7 @@ class TrainingMonitor(Callback):
         now = time.perf_counter() - self._paused
         metrics = {
             "images_per_second": self._window_images / (now - self._window_start),
-            "peak_memory_mib": peak_memory(pl_module.device) / 2**20,
+            "peak_memory_mb": peak_memory(pl_module.device) / 10**6,
         }
         metrics |= {f"reconstruction_error/{name}": error for name, error in self._errors(pl_module).items()}
         for logger in trainer.loggers:

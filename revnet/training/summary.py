@@ -50,7 +50,7 @@ def print_summary(
         memory = "device" if task.device.type == "cuda" else "process"
         table.add_row("seconds per epoch", f"{monitor.seconds_per_epoch:.2f}")
         table.add_row("images per second", f"{monitor.images_per_second:,.0f}")
-        table.add_row(f"peak memory of the {memory}", f"{monitor.peak_memory_mib:,.0f} MiB")
+        table.add_row(f"peak memory of the {memory}", f"{monitor.peak_memory_mb:,.0f} MB")
         if monitor.reconstruction_error is not None:
             table.add_row("largest reconstruction error", f"{monitor.reconstruction_error:.1e}")
     for name, path in (files or {}).items():

@@ -46,3 +46,8 @@ def test_imagenet_is_what_the_weights_of_torchvision_expect(images):
 def test_a_constant_channel_becomes_zero():
     images = torch.full((5, 3, 2, 2), 200, dtype=torch.uint8)
     assert Normalize.named("mean_std", [images])(images).abs().max() == 0
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="normalization='mean-std': valid are mean_std, "):
+        Normalize.named("mean-std", [])

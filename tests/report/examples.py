@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MIB", "failed", "measured", "write_cells"]
+__all__ = ["MB", "failed", "measured", "write_cells"]
 
-MIB = 2**20
+MB = 10**6
 
 
 def measured(number: int, total: int, seconds: float, **overrides: str) -> dict[str, Any]:
-    """A cell of `total` MiB and `seconds`; a quarter of the memory is parameters, the rest activations."""
-    memory = {"parameters": total * MIB // 4, "activations": 3 * total * MIB // 4, "total": total * MIB}
+    """A cell of `total` MB and `seconds`; a quarter of the memory is parameters, the rest activations."""
+    memory = {"parameters": total * MB // 4, "activations": 3 * total * MB // 4, "total": total * MB}
     figures = {"memory": memory, "time": {"step": seconds}, "images_per_second": 8 / seconds}
     return {**_cell(number, overrides), "status": "ok", **figures}
 

@@ -7,15 +7,15 @@ from tests.report.examples import failed, measured, write_cells
 
 
 def test_a_headline_is_figures_or_the_reason() -> None:
-    assert headline(measured(0, 512, 0.25)) == "memory 512 MiB, time 250 ms, images/s 32"
-    assert headline(measured(0, 3000, 2)) == "memory 2.93 GiB, time 2.00 s, images/s 4"
+    assert headline(measured(0, 512, 0.25)) == "memory 512 MB, time 250 ms, images/s 32"
+    assert headline(measured(0, 3000, 2)) == "memory 3.00 GB, time 2.00 s, images/s 4"
     assert headline(failed(0, "no [memory]")) == "failed: no [memory]"
 
 
 def test_a_cell_is_told_from_top_to_bottom(capsys: pytest.CaptureFixture) -> None:
     print_cell({**measured(0, 512, 0.25, model="a"), "plan": "store [1, 2]"}, "there/result.json")
     text = capsys.readouterr().out
-    for part in ("revnet-profile data=fake model=a", "parameters", "128 MiB", "384 MiB", "there/result.json"):
+    for part in ("revnet-profile data=fake model=a", "parameters", "128 MB", "384 MB", "there/result.json"):
         assert part in text
     assert text.endswith("store [1, 2]\n")
 
@@ -27,7 +27,7 @@ def test_a_sweep_is_a_line_for_each_cell(tmp_path: Path, capsys: pytest.CaptureF
     assert lines[:5] == [
         ["revnet-profile", "data=fake"],
         ["cell", "model", "memory", "time", "images/s"],
-        ["1", "a", "512", "MiB", "250", "ms", "32"],
+        ["1", "a", "512", "MB", "250", "ms", "32"],
         ["3", "b", "failed"],
         ["11", "b", "failed"],
     ]

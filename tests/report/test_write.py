@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from revnet.report import write_report
-from tests.report.examples import MIB, failed, measured, write_cells
+from tests.report.examples import MB, failed, measured, write_cells
 
 
 class Page(HTMLParser):
@@ -52,12 +52,12 @@ def test_a_sweep_leaves_tables_plots_and_a_page(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
     assert (rows[1]["reason"], rows[1]["memory.total"]) == ("<too> much", "")
-    assert (rows[2]["model"], rows[2]["batch_size"], rows[2]["memory.total"]) == ("b", "9", str(4096 * MIB))
+    assert (rows[2]["model"], rows[2]["batch_size"], rows[2]["memory.total"]) == ("b", "9", str(4096 * MB))
 
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.rows[0] == ["cell", "model", "batch_size", "memory", "time", "images/s", "parameters", "activations"]
-    assert page.rows[1] == ["1", "a", "8", "512 MiB", "250 ms", "32", "128 MiB", "384 MiB"]
+    assert page.rows[1] == ["1", "a", "8", "512 MB", "250 ms", "32", "128 MB", "384 MB"]
     assert page.rows[2] == ["2", "b", "8", "<too> much"]
     assert len(page.sources) == 2
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)

@@ -4,11 +4,23 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import ReversibleSequence, is_recomputing
-from revnet.reversible import Merge, ReconstructionError, Split
+from revnet import ReversibleSequence, is_recomputing, set_activations
+from revnet.reversible import AdditiveCoupling, Merge, ReconstructionError, Split
 from revnet.reversible.evaluation import Evaluation
 from revnet.reversible.run import Run
-from tests.reversible.networks import BRANCHES, EXACT, MODES, basic, blocks, curved, same, sequence, step
+from tests.reversible.networks import (
+    BRANCHES,
+    EXACT,
+    MODES,
+    Transition,
+    basic,
+    blocks,
+    curved,
+    relative,
+    same,
+    sequence,
+    step,
+)
 
 
 @pytest.fixture
@@ -142,6 +154,24 @@ def test_second_derivatives_work_where_nothing_is_reconstructed(activations, exa
         assert torch.allclose(found, expected, atol=1e-6)
     else:
         assert torch.autograd.gradgradcheck(net, (x,))
+
+
+def test_second_derivatives_behind_a_layer_without_an_inverse_work_under_a_plan(x):
+    """The single value "recompute" reconstructs the coupling there."""
+    x.requires_grad_()
+    couplings = [AdditiveCoupling(curved(4), swap) for swap in (True, False)]
+    net = ReversibleSequence([Split(), Transition(4), *couplings, Merge()], "recompute").double()
+
+    def second():
+        (first,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match='or to a plan of "store" and "recompute" alone'):
+        second()
+    set_activations(net, ["recompute"] * len(net))
+    found = second()
+    set_activations(net, "store")
+    assert relative(found, second()) < 1e-10
 
 
 @MODES

@@ -13,8 +13,8 @@ from torch import nn
 from revnet.training import (
     AtomicCheckpoints,
     Classifier,
-    configuration,
-    load_weights,
+    checkpoint_config,
+    load_checkpoint,
     newest_checkpoint,
     one_cycle,
     read_checkpoint,
@@ -52,7 +52,7 @@ def test_weights_are_loaded(fit: Fit, tmp_path: Path) -> None:
     trained = classifier()
     fit(trained).save_checkpoint(tmp_path / "a.ckpt")
     fresh = classifier()
-    load_weights(fresh, read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+    load_checkpoint(fresh, read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
     for name, value in trained.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], value, rtol=0, atol=0)
 
@@ -82,13 +82,13 @@ def test_another_architecture_is_refused(
     other = classifier(network(), {"model": {"_target_": "somewhere.other", "num_classes": 7}})
     message = rf"a.ckpt holds tiny for 4 classes \(.* values\), not the other for 7 classes .* asked for: {difference}"
     with pytest.raises(ValueError, match=message):
-        load_weights(other, read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+        load_checkpoint(other, read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
 
 
 def test_a_checkpoint_without_configuration_is_refused_by_its_sizes(fit: Fit, tmp_path: Path) -> None:
     fit(classifier(config=None)).save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="holds unnamed network"):
-        load_weights(classifier(wider()), read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+        load_checkpoint(classifier(wider()), read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
@@ -168,5 +168,5 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(tmp_path: Path, mo
 
 def test_the_file_that_a_network_began_with_is_not_asked_for_again() -> None:
     given = {"config": {"model": {"name": "net", "weights": "gone.safetensors"}, "data": {}}}
-    assert configuration(given, "a.ckpt") == {"model": {"name": "net", "weights": None}, "data": {}}
+    assert checkpoint_config(given, "a.ckpt") == {"model": {"name": "net", "weights": None}, "data": {}}
     assert given["config"]["model"]["weights"] == "gone.safetensors"

@@ -11,7 +11,7 @@ METRICS = {"test/accuracy": 0.98765, "test/loss": 0.1, "train/accuracy": 1.0, "t
 def test_the_summary_says_what_was_reached_how_fast_and_where(capsys: pytest.CaptureFixture) -> None:
     monitor = TrainingMonitor()
     monitor.images_per_second, monitor.seconds_per_epoch = 12345.6, 3.21
-    monitor.peak_memory_mib, monitor.reconstruction_error = 789.0, 2e-6
+    monitor.peak_memory_mb, monitor.reconstruction_error = 789.0, 2e-6
     classifier = Classifier(tiny_network())
     print_summary("tiny on noise", classifier, METRICS, epochs=7, monitor=monitor, files={"run directory": "runs/a"})
     out = capsys.readouterr().out
@@ -26,7 +26,7 @@ def test_the_summary_says_what_was_reached_how_fast_and_where(capsys: pytest.Cap
         ["epochs", "7"],
         ["seconds per epoch", "3.21"],
         ["images per second", "12,346"],
-        ["peak memory of the process", "789 MiB"],
+        ["peak memory of the process", "789 MB"],
         ["largest reconstruction error", "2.0e-06"],
         ["run directory", "runs/a"],
     ]

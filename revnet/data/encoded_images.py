@@ -13,12 +13,12 @@ from torchvision.transforms import v2
 from revnet.data.module import ImageDataModule
 from revnet.data.normalize import IMAGENET_MEAN
 
-__all__ = ["ImageFiles"]
+__all__ = ["EncodedImages"]
 
 Transform = Callable[[Image.Image], Tensor]
 
 
-class ImageFiles(ImageDataModule):
+class EncodedImages(ImageDataModule):
     """Images of any size and mode, brought to a square of one size; a subclass says where they are stored.
 
     Args:
