@@ -7,7 +7,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,13 +60,18 @@ def command(
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
+        @_forgetting()
+        def checked(cfg: DictConfig) -> Any:
+            _silence()  # here too: a launcher may run the job in another process
+            _check_places(cfg)
+            check_overrides(cfg, HydraConfig.get().overrides.task)
+            return task(cfg)
+
+        @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:
             os.environ.pop(FULL_ERROR, None)  # set below for this process, not for those that the job starts
             try:
-                _silence()  # here too: a launcher may run the job in another process
-                _check_places(cfg)
-                check_overrides(cfg, HydraConfig.get().overrides.task)
-                return task(cfg)
+                return checked(cfg)
             except Exception as error:
                 line = mistake(error)
                 run = HydraConfig.get()
@@ -79,7 +85,6 @@ def command(
                     raise JobFailed(line) from error
                 if line is None:
                     raise
-                forget(Path(run.runtime.output_dir))
                 leave(config_name, line, status=1)
             finally:
                 os.environ[FULL_ERROR] = "1"
@@ -97,7 +102,7 @@ def command(
                 sys.path.append(os.getcwd())
             _check_flags(config_name)
             if os.environ.get(FULL_ERROR) == "1":
-                return run(task)
+                return run(checked)
             os.environ[FULL_ERROR] = "1"
             try:
                 run(job)
@@ -125,6 +130,18 @@ def command(
         return main
 
     return decorate
+
+
+@contextmanager
+def _forgetting() -> Iterator[None]:
+    """Remove what was written of a run that ends before it has begun, whatever ends it."""
+    try:
+        yield
+    except BaseException:
+        run = HydraConfig.get()
+        if run.mode != RunMode.MULTIRUN:
+            forget(Path(run.runtime.output_dir))
+        raise
 
 
 def _told_to_stop(stop: SystemExit) -> tuple[str | None, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -19,9 +20,15 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from revnet.mistakes import leave
 from revnet.processes import agree, rank
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["KeepRuns", "forget", "with_saved_overrides"]
 
 
+_locks: list[IO[str]] = []  # held by this process: none or one
 _before: dict[str, set[Path]] = {}
 """What was there, of a run's directory and in it, before the run."""
 
@@ -42,6 +49,7 @@ class KeepRuns(Callback):
             with read_write(config.hydra):
                 config.hydra.run.dir, config.hydra.output_subdir = agree(str(directory)), None
             return
+        earlier: dict[int, Path] = {}
         if not config.get("ckpt_path"):
             there = (directory / config.hydra.output_subdir).is_dir() if config.hydra.output_subdir else False
             resume = ", or go on with the run there: ckpt_path=last" if there else ""
@@ -50,13 +58,19 @@ class KeepRuns(Callback):
             self._refuse(config, directory, f"go on from {config.ckpt_path} in another run_dir")
         elif config.hydra.output_subdir is not None:
             earlier = _records(directory, config.hydra.output_subdir)
+            if earlier and not _held(earlier[min(earlier)]):
+                line = f"the run in {directory} still goes on: wait for its end, or stop it"
+                leave(config.hydra.job.config_name, line, status=2)
             with read_write(config.hydra):
                 config.hydra.output_subdir += f"_{max(earlier) + 1}" if earlier else ""
         absolute = Path(os.path.abspath(directory))
         _before[str(absolute)] = {absolute, *absolute.rglob("*")} if absolute.exists() else set()
         if config.hydra.output_subdir is not None:
+            record = directory / config.hydra.output_subdir
             with self._claiming(config, directory):
-                (directory / config.hydra.output_subdir).mkdir(parents=True)
+                record.mkdir(parents=True)
+            if not earlier:
+                _held(record)
         agree(str(directory))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -87,6 +101,25 @@ class KeepRuns(Callback):
         if directory.is_dir() and any(directory.iterdir()):
             line = f"{directory} is not empty and nothing is written over: {remedy}"
             leave(config.hydra.job.config_name, line, status=2)
+
+
+def _held(record: Path) -> bool:
+    """Whether this process has a run's first record to itself, from now on until it ends, however it ends.
+
+    A lock of the system's, which the processes of a loader do not inherit. Where there is none, nobody is kept off.
+    """
+    while _locks:  # of an earlier run of this process
+        _locks.pop().close()
+    if fcntl is None:
+        return True
+    with suppress(OSError):  # of a directory that cannot be written, of which Hydra will speak
+        _locks.append((record / "lock").open("w"))
+    try:
+        for file in _locks:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def with_saved_overrides(arguments: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ __all__ = ["build", "refuse_contradictions", "train", "main"]
 log = logging.getLogger(__name__)
 
 THREADS = torch.get_num_threads()
+BETTER = {"accuracy": "max", "nats": "max", "loss": "min", "bits_per_dim": "min"}
 
 
 def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
@@ -74,11 +75,14 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, Task]:
             f"data.normalization={data.normalization}, but the flow takes images in [0, 1]: set "
             f"data.normalization=unit, and data.padding=0 for it not to learn black edges"
         )
-    if hasattr(network, "log_prob") and (cfg.data.get("mixup") or cfg.data.get("cutmix")):
-        raise ValueError(
-            f"data.mixup={cfg.data.get('mixup')}, data.cutmix={cfg.data.get('cutmix')}: these are for classifiers; set "
-            f"them to 0 for a flow"
-        )
+    if hasattr(network, "log_prob"):
+        for name in ("mixup", "cutmix", "cutout"):
+            if cfg.data.get(name):
+                raise ValueError(f"data.{name}={cfg.data[name]}: this is for classifiers; set it to 0 for a flow")
+        if cfg.data.get("channels") == 3:  # two thirds of the components would be known from the others
+            raise ValueError(
+                "data.channels=3 repeats the grey images, whose density means nothing: set data.channels=1"
+            )
     if getattr(network, "dequantise", None) is not None and cfg.trainer.precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision}, but the flow adds noise to images, for which half precision "
@@ -117,12 +121,17 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         ValueError: a count that Lightning would divide by, a precision that the device does not have, or an operation
             that needs other devices.
     """
+    for name in ("max_epochs", "max_steps"):
+        if isinstance(trainer.get(name), float):
+            raise ValueError(f"trainer.{name}={trainer[name]}: give a whole number")
     for name, remedy in {
         "accumulate_grad_batches": "1 for a step after every batch",
         "check_val_every_n_epoch": "limit_val_batches=0 trains without validation",
         "val_check_interval": "limit_val_batches=0 trains without validation",
     }.items():
         value = trainer.get(name)
+        if name == "accumulate_grad_batches" and value is None:
+            raise ValueError(f"trainer.{name}=null: give a positive number; {remedy}")
         if isinstance(value, int | float) and value <= 0:
             raise ValueError(f"trainer.{name}={value}: give a positive number; {remedy}")
         if isinstance(value, float) and name != "val_check_interval":
@@ -142,25 +151,29 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         )
 
 
-def _refuse_odd_best(callbacks: DictConfig) -> None:
-    """Look at how the best checkpoint is to be chosen.
+def _refuse_odd_monitors(callbacks: DictConfig) -> None:
+    """Look at how the best checkpoint, and the end of a training, are to be chosen.
 
     Raises:
-        ValueError: it would be the worst one, another than was validated, or the last of several under one name.
+        ValueError: that would be the worst one, another than was validated, or the last of several under one name.
     """
+    for key, node in ((str(key), node) for key, node in callbacks.items()):
+        if node is None or not node.get("monitor"):
+            continue
+        mode = BETTER.get(str(node.monitor).rpartition("/")[2], node.get("mode", "min"))
+        if node.get("mode", "min") != mode:
+            where = "best" if key == "best" else f"callbacks.{key}"
+            raise ValueError(
+                f"{where}.monitor={node.monitor} with {where}.mode={node.get('mode', 'min')} takes the worst for the "
+                f"best: set {where}.mode={mode}"
+            )
     best = callbacks.get("best")
     if best is None:
         return
-    name = str(best.get("monitor")).rpartition("/")[2]
-    mode = {"accuracy": "max", "nats": "max", "loss": "min", "bits_per_dim": "min"}.get(name, best.get("mode"))
-    if best.get("mode") != mode:
-        raise ValueError(
-            f"best.monitor={best.monitor} with best.mode={best.mode} keeps the worst: set best.mode={mode}"
-        )
-    if best.get("save_top_k", 1) not in (0, 1) and "{" not in best.filename:
+    if best.get("save_top_k", 1) not in (0, 1) and "{step" not in best.filename:
         raise ValueError(
             f"callbacks.best.save_top_k={best.save_top_k}: several checkpoints need several names, such as "
-            "callbacks.best.filename='best-{epoch}'"
+            "callbacks.best.filename='best-{step}'"
         )
     if best.get("save_weights_only") and "_target_" in (callbacks.get("ema") or ()):
         raise ValueError("callbacks.best.save_weights_only=true leaves averaged weights out: set it to false with ema")
@@ -227,7 +240,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
         raise ValueError(f"threads={cfg.threads}: give a number of threads, at least 1, or null")
     refuse_contradictions(cfg.trainer)
-    _refuse_odd_best(cfg.callbacks)
+    _refuse_odd_monitors(cfg.callbacks)
     pl.seed_everything(cfg.seed, workers=True)
     torch.set_num_threads(cfg.threads or THREADS)  # an earlier job of a sweep may have set others
     data, task = build(cfg)
@@ -235,32 +248,24 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise ValueError(f"memory_budget={cfg.memory_budget} is for classifiers: set model.activations for a flow")
     if cfg.chunk_size is not None:
         set_chunk_size(task.network, cfg.chunk_size)
-    if cfg.memory_budget is not None:
-        spend_memory(
-            task.network,
-            cfg.memory_budget,
-            (cfg.data.batch_size, *data.image_shape),  # type: ignore[attr-defined]
-            cfg.trainer.precision,
-            instantiate(cfg.optimizer, _convert_="all"),
-            _held(task.network, cfg, data.image_shape),  # type: ignore[attr-defined]
-        )
-    if cfg.compile:
-        if cfg.memory_budget is not None:
-            log.warning("memory_budget=%s is planned for branches that are not compiled", cfg.memory_budget)
-        compile_branches(task.network)
     ckpt_path = cfg.ckpt_path
     if ckpt_path == "last":
-        found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))
-        if found is None and any(Path(cfg.run_dir, "checkpoints").glob("*.ckpt")):
+        found = newest_checkpoint(_checkpoints(cfg))
+        if found is None and any(_checkpoints(cfg).glob("*.ckpt")):
             raise ValueError(
-                f"ckpt_path=last: no checkpoint in {cfg.run_dir}/checkpoints can be read; remove them to begin again, "
-                f"or give another run_dir"
+                f"ckpt_path=last: no checkpoint in {_checkpoints(cfg)} can be read and gone on from; remove them to "
+                f"begin again, or give another run_dir"
             )
         ckpt_path = None if found is None else str(found)
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
     trained = 0
     if ckpt_path is not None:
         checkpoint = read_checkpoint(ckpt_path)
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"ckpt_path={ckpt_path} holds weights alone, and a training cannot go on from it: give one that holds "
+                f"all, such as last.ckpt of a run"
+            )
         load_checkpoint(task, checkpoint, ckpt_path)
         trained = checkpoint["global_step"]
         if "config" in checkpoint and task.config is not None:
@@ -274,7 +279,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         cfg.trainer,
         _convert_="all",
         callbacks=callbacks,
-        logger=[instantiate(node) for node in cfg.logger.values()],
+        logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpoints(), *(instantiate(cfg.trainer.get("plugins"), _convert_="all") or [])],
         default_root_dir=cfg.run_dir,
     )
@@ -287,12 +292,25 @@ def train(cfg: DictConfig) -> dict[str, float]:
             "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "
             "choose trainer=gpu or trainer=cpu, or more devices"
         )
+    if cfg.memory_budget is not None:
+        spend_memory(
+            task.network.to(trainer.strategy.root_device),  # whose kernels and optimizer are planned for
+            cfg.memory_budget,
+            (cfg.data.batch_size, *data.image_shape),  # type: ignore[attr-defined]
+            cfg.trainer.precision,
+            instantiate(cfg.optimizer, _convert_="all"),
+            _held(task.network, cfg, data.image_shape),  # type: ignore[attr-defined]
+        )
+    if cfg.compile:
+        if cfg.memory_budget is not None:
+            log.warning("memory_budget=%s is planned for branches that are not compiled", cfg.memory_budget)
+        compile_branches(task.network)
     if trainer.world_size == 1:
         task.try_settings()
-    if trainer.max_epochs == -1 and trainer.max_steps == -1 and cfg.get("scheduler") is not None:
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and cfg.get("scheduler") is not None:
         raise ValueError(
-            "trainer.max_epochs=-1: the schedule needs to know when training ends; set trainer.max_epochs or "
-            "trainer.max_steps"
+            f"trainer.max_epochs={cfg.trainer.max_epochs or 'null'}: the schedule needs to know when training ends; "
+            f"set trainer.max_epochs or trainer.max_steps"
         )
     for logger in trainer.loggers:
         if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # beside their files lies .hydra/config.yaml
@@ -365,14 +383,20 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
         optimizer = instantiate(cfg.optimizer, _convert_="all")
         memory = memory_of(trainer.strategy.root_device)
         held = _held(task.network, cfg, shape[1:])
-        raise ValueError(out_of_memory(task.network, shape, cfg.trainer.precision, optimizer, memory, held)) from error
+        network = task.network.to(trainer.strategy.root_device)  # Lightning has taken it off
+        raise ValueError(out_of_memory(network, shape, cfg.trainer.precision, optimizer, memory, held)) from error
+
+
+def _checkpoints(cfg: DictConfig) -> Path:
+    """Where the training's last checkpoints are."""
+    return Path(OmegaConf.select(cfg, "callbacks.last.dirpath") or f"{cfg.run_dir}/checkpoints")
 
 
 def _was_begun(cfg: DictConfig) -> bool:
     """Whether a job of a sweep has been here before, as one that a cluster starts again."""
     from revnet.training import newest_checkpoint, read_checkpoint
 
-    found = newest_checkpoint(Path(cfg.run_dir, "checkpoints"))
+    found = newest_checkpoint(_checkpoints(cfg))
     config = {} if found is None else read_checkpoint(found).get("config") or {}
     return bool(config) and _agree(config, OmegaConf.to_container(cfg, resolve=True))
 

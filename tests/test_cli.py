@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,47 @@ def test_a_directory_with_something_in_it_is_left_untouched(
     (only,) = lines(capsys.readouterr().err)
     assert only.startswith("revnet-train: mine is not empty and nothing is written over: choose another ")
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_still_goes_on_is_left_alone(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    Path("run.py").write_text(
+        "import time\n"
+        "from revnet.cli import command\n"
+        "command('train')(lambda cfg: (print('begun', flush=True), time.sleep(100)))()\n"
+    )
+    again = ("run_dir=mine", "ckpt_path=last")
+    running = subprocess.Popen([sys.executable, "run.py", "run_dir=mine"], stdout=subprocess.PIPE, text=True)
+    with running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "begun\n"
+            before = contents(tmp_path)
+            assert invoke(command("train")(lambda cfg: pytest.fail("the job was started")), *again) == 2
+            (line,) = lines(capsys.readouterr().err)
+            assert line == "revnet-train: the run in mine still goes on: wait for its end, or stop it"
+            assert contents(tmp_path) == before
+        finally:
+            running.kill()
+    assert invoke(command("train")(lambda cfg: None), *again) == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+@pytest.mark.parametrize("full", ["0", "1"])
+def test_what_ends_before_it_has_begun_is_no_part_of_the_run(
+    error: type[BaseException], full: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its overrides would hold for the next one that goes on there."""
+
+    def end(cfg: DictConfig) -> None:
+        raise error
+
+    assert invoke(command("train")(lambda cfg: None), "run_dir=mine", "seed=1") == 0
+    before = contents(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", full)
+    with suppress(error):
+        invoke(command("train")(end), "run_dir=mine", "ckpt_path=last", "seed=2")
+    assert contents(tmp_path) == before
+    assert with_saved_overrides(LAST) == ["seed=1", *LAST]
 
 
 @pytest.mark.parametrize("begin", [KeepRuns.on_run_start, KeepRuns.on_multirun_start])

@@ -459,6 +459,62 @@ def test_a_checkpoint_cut_short_is_passed_over(
     assert differences(undisturbed(), outcome(tmp_path / "run")) == []
 
 
+def test_a_checkpoint_of_weights_alone_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stopped(tmp_path / "run", capsys)
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    weights = tmp_path / "run/checkpoints/weights.ckpt"
+    torch.save({key: value for key, value in checkpoint.items() if key != "optimizer_states"}, weights)
+    assert train(tmp_path / "run", f"ckpt_path={weights}") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"revnet-train: ckpt_path={weights} holds weights alone, and a training cannot go on from")
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
+    assert "weights.ckpt holds weights alone and is passed over" in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_training_goes_on_from_where_its_checkpoints_were_put(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:9,signal:SIGTERM}"
+    assert train(tmp_path / "run", *TRAINING, f"callbacks.last.dirpath={tmp_path}/elsewhere", fault) == 143
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 0
+    last = torch.load(tmp_path / "elsewhere/last.ckpt", weights_only=True)
+    expected = undisturbed()
+    for key in ("global_step", "state_dict", "optimizer_states"):
+        assert differences(expected[key], last[key]) == []
+
+
+def test_a_training_goes_on_in_another_directory_with_its_log(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stopped(tmp_path / "run", capsys)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    with pytest.warns(UserWarning, match=r"the best checkpoint of before, .* the choice of the best begins anew"):
+        assert train(tmp_path / "other", *TRAINING, f"ckpt_path={last}") == 0
+    expected, found = undisturbed(), outcome(tmp_path / "other")
+    for key in ("state_dict", "optimizer_states", "random"):
+        assert differences(expected[key], found[key]) == []
+    lines = [[line for line in each["lines"] if "test/loss" not in line] for each in (expected, found)]
+    assert differences(*lines) == []
+
+
+def test_a_training_that_was_ended_early_has_ended(tmp_path: Path) -> None:
+    stop = "+callbacks.stop={_target_:pytorch_lightning.callbacks.EarlyStopping,monitor:val/loss,stopping_threshold:99}"
+    assert train(tmp_path / "run", *TRAINING, stop) == 0
+    steps = outcome(tmp_path / "run")["global_step"]
+    assert steps < 18
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert outcome(tmp_path / "run")["global_step"] == steps
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
+        assert train(tmp_path / "run", "ckpt_path=last", "callbacks.stop=null") == 0
+    assert outcome(tmp_path / "run")["global_step"] == 18
+
+
+def test_a_training_that_ends_within_an_epoch_says_what_it_leaves_out(tmp_path: Path) -> None:
+    stop = "+callbacks.stop={_target_:tests.test_faults.StopInMidEpoch}"
+    with pytest.warns(UserWarning, match="the training ends within an epoch, whose other images it leaves out"):
+        assert train(tmp_path / "run", *TRAINING, stop) == 0
+
+
 def test_a_run_without_a_checkpoint_that_can_be_read_does_not_begin_again(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -467,7 +523,9 @@ def test_a_run_without_a_checkpoint_that_can_be_read_does_not_begin_again(
         checkpoint.write_bytes(b"")
     assert train(tmp_path / "run", "ckpt_path=last", "callbacks.fault=null") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"revnet-train: ckpt_path=last: no checkpoint in .*/checkpoints can be read; remove .*", line)
+    assert re.fullmatch(
+        r"revnet-train: ckpt_path=last: no checkpoint in .*/checkpoints can be read and gone on from; .*", line
+    )
 
 
 @pytest.mark.parametrize(
@@ -513,6 +571,13 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: 
     assert train(tmp_path / "run", *TRAINING, f"callbacks.last.dirpath={tmp_path}/file/checkpoints") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"revnet-train: .*Not a directory: .*file/checkpoints/next.ckpt.*", line)
+
+
+class StopInMidEpoch(pl.Callback):
+    """What a limit of time does."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop = True
 
 
 class NotANumber(nn.CrossEntropyLoss):
@@ -619,7 +684,14 @@ def test_a_process_that_gets_no_more_memory_ends_in_one_line(tmp_path: Path) -> 
         (["+trainer.val_check_interval=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),
         (["trainer.gradient_clip_val=-1"], r"trainer.gradient_clip_val=-1: give a norm, or null to clip nothing"),
         (["memory_budget=1MB"], r".* the least possible is [\d,]+ bytes.*"),
-        (["best.monitor=val/loss"], r"best.monitor=val/loss with best.mode=max keeps the worst: set best.mode=min"),
+        (
+            ["best.monitor=val/loss"],
+            r"best.monitor=val/loss with best.mode=max takes the worst for the best: set best.mode=min",
+        ),
+        (
+            ["+callbacks.stop={_target_:pytorch_lightning.callbacks.EarlyStopping,monitor:val/accuracy}"],
+            r"callbacks.stop.monitor=val/accuracy with callbacks.stop.mode=min takes the worst .*: set .*mode=max",
+        ),
         (["+callbacks.best.save_top_k=3"], r"callbacks.best.save_top_k=3: several checkpoints need several names, .*"),
         (["callbacks=ema", "+callbacks.best.save_weights_only=true"], r".*save_weights_only=true leaves averaged .*"),
         (["~optimizer"], r"optimizer=None: a network needs an optimizer factory to be trained"),
@@ -666,11 +738,12 @@ def test_overrides_given_now_hold_on_top_of_those_that_were_saved(tmp_path: Path
 
 
 def test_a_training_killed_before_its_first_checkpoint_begins_again(
-    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "build", lambda cfg: sys.exit(9))
-        assert train(tmp_path / "run", *TRAINING) == 9
+    kill = "revnet.train.build = lambda cfg: os.kill(os.getpid(), signal.SIGKILL)"
+    killed = start(tmp_path / "run", *TRAINING, script=f"import os, signal, revnet.train\n{kill}")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert train(tmp_path / "run", "ckpt_path=last") == 0
     assert differences(undisturbed(), outcome(tmp_path / "run")) == []
 

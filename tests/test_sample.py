@@ -117,7 +117,8 @@ def test_what_is_no_flow_s_checkpoint_is_one_line(capsys: pytest.CaptureFixture,
         (("model.classes=7",), r"model.classes=7, but the data has 3 classes: .*"),
         (("memory_budget=1GiB",), r"memory_budget=1GiB is for classifiers: .*"),
         (("task=classifier",), r".*Flow.*"),
-        (("data.mixup=0.2",), r"data.mixup=0.2, data.cutmix=0.0: these are for classifiers; .*"),
+        (("data.mixup=0.2",), r"data.mixup=0.2: this is for classifiers; set it to 0 for a flow"),
+        (("data.cutout=2",), r"data.cutout=2: this is for classifiers; set it to 0 for a flow"),
         (
             ("trainer.precision=bf16-true",),
             r"trainer.precision=bf16-true, but the flow adds noise .* choose bf16-mixed .*",
@@ -130,3 +131,13 @@ def test_a_flow_that_does_not_go_with_the_rest_is_one_line(
     assert invoke(train_module.main, *FLOW, *options, f"run_dir={tmp_path}/run") == 1
     (only,) = capsys.readouterr().err.strip().splitlines()
     assert re.fullmatch("revnet-train: " + line, only)
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist"])
+def test_a_flow_of_grey_images_that_are_repeated_is_refused(
+    data: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    options = ("model=nice", f"data={data}", "data.normalization=unit", "data.padding=0", f"run_dir={tmp_path}/run")
+    assert invoke(train_module.main, *options) == 1
+    (only,) = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch(r"revnet-train: data.channels=3 repeats the grey images, .*: set data.channels=1", only)

@@ -153,12 +153,14 @@ def test_a_run_is_resumed_in_its_directory(tmp_path: Path) -> None:
 
 def test_going_on_says_what_is_another_than_before_and_whether_nothing_is_left() -> None:
     assert train("run_dir=here", "logger=none") == 0
-    assert train("run_dir=again", "ckpt_path=here/checkpoints/last.ckpt", "logger=none") == 0
+    with pytest.warns(UserWarning, match="the choice of the best begins anew"):
+        assert train("run_dir=again", "ckpt_path=here/checkpoints/last.ckpt", "logger=none") == 0
     said = Path("again/train.log").read_text()
     assert "nothing was left to train: the checkpoint has its 2 steps already" in said
     assert "changed since the checkpoint" not in said
     more = ("data.seed=3", "task.channels_last=true", "trainer.max_epochs=2")
-    assert train("run_dir=other", "ckpt_path=here/checkpoints/last.ckpt", "logger=none", *more) == 0
+    with pytest.warns(UserWarning, match="the choice of the best begins anew"):
+        assert train("run_dir=other", "ckpt_path=here/checkpoints/last.ckpt", "logger=none", *more) == 0
     said = Path("other/train.log").read_text()
     line = "changed since the checkpoint: task.channels_last=True (was False), data.seed=3 (was 0)"
     assert line in " ".join(said.split())
@@ -254,6 +256,9 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
         (["scheduler=step", "scheduler.milestones=[40000]"], r"scheduler: milestones .*\[40000\]"),
         (["optimizer.momentum=0", "optimizer.nesterov=true"], r"optimizer: Nesterov .*"),
         (["trainer.max_epochs=-1"], r"trainer.max_epochs=-1: the schedule needs to know .*"),
+        (["trainer.max_epochs=null"], r"trainer.max_epochs=null: the schedule needs to know .*"),
+        (["trainer.max_epochs=1e2"], r"trainer.max_epochs=100.0: give a whole number"),
+        (["trainer.accumulate_grad_batches=null"], r"trainer.accumulate_grad_batches=null: give a positive number; .*"),
         (["trainer.accumulate_grad_batches=2.5"], r"trainer.accumulate_grad_batches=2.5: give a whole number"),
         (["optimizer=adamw", "optimizer.betas=[0.9]"], r"optimizer: .*"),
         (["+model.width=3"], r"model: .*'width'.*"),
@@ -279,6 +284,11 @@ def test_an_experiment_s_settings_of_a_callback_go_with_it() -> None:
     assert invoke(train_module.main, *arguments, "run_dir=here") == 0
     said = Path("here/train.log").read_text()
     assert "callbacks.samples: these settings are of no callback that was chosen" in said
+
+
+def test_one_of_several_loggers_can_be_left_out() -> None:
+    assert train("run_dir=here", "logger.tensorboard=null") == 0
+    assert {path.name for path in Path("here").iterdir()} & {"csv", "tensorboard"} == {"csv"}
 
 
 def without_services() -> dict[str, str]:

@@ -14,7 +14,7 @@ from revnet.flows.preprocessing import Dequantise, Logit
 from revnet.flows.priors import Logistic
 from revnet.flows.realnvp import realnvp
 from revnet.flows.scaling import ActNorm, Scaling
-from revnet.flows.splits import CheckerboardBranch, CheckerboardSplit, FactorOut, Flatten, OddEvenSplit
+from revnet.flows.splits import CheckerboardBranch, CheckerboardSplit, DiagonalFirst, FactorOut, Flatten, OddEvenSplit
 from revnet.reversible import AdditiveCoupling, AffineCoupling, Merge, Split, Squeeze
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Bijection",
     "CheckerboardBranch",
     "CheckerboardSplit",
+    "DiagonalFirst",
     "ClassEmbedding",
     "Dequantise",
     "FactorOut",

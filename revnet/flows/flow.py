@@ -118,6 +118,10 @@ class Flow(nn.Module):
         """The distribution of the latent vector: a named one on the device and in the dtype of the flow."""
         return PRIORS[self._prior](self.loc) if isinstance(self._prior, str) else self._prior
 
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        """`log_prob`, for what calls modules: DistributedDataParallel, torch.compile, `revnet.profiling`."""
+        return self.log_prob(x, context)
+
     def log_prob(self, x: Tensor, context: Any = None) -> Tensor:
         """Log-density in nats, of shape (B,); with `dequantise` that of a noisy copy, a new one at every call.
 

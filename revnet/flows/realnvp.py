@@ -12,7 +12,7 @@ from revnet.flows.flow import Flow
 from revnet.flows.networks import ClassEmbedding, ResidualNetwork, ScaleAndShift
 from revnet.flows.preprocessing import Logit
 from revnet.flows.scaling import ActNorm
-from revnet.flows.splits import CheckerboardBranch, CheckerboardSplit, FactorOut
+from revnet.flows.splits import CheckerboardBranch, CheckerboardSplit, DiagonalFirst, FactorOut
 from revnet.reversible import (
     Activations,
     AffineCoupling,
@@ -42,12 +42,13 @@ def realnvp(
     """A RealNVP flow on images. With its defaults the architecture of the paper for CIFAR-10.
 
     At every scale but the last: `couplings` couplings on a checkerboard, a squeeze, `couplings` between halves of the
-    channels, and half of the channels factored out; at the last `couplings` + 1 on a checkerboard. Every coupling has a
-    residual network of its own, with twice as many maps behind every squeeze.
+    channels, and half of the pixels, those off the diagonal of each square, factored out; at the last `couplings` + 1
+    on a checkerboard. Every coupling has a residual network of its own, with twice as many maps behind every squeeze.
 
     ActNorm stands behind every coupling, on the half that it moved, where the paper has batch normalisation: that could
     not be undone from its output in training mode, and makes the density of an example depend on its batch. Inside the
-    coupling networks group normalisation stands in for it, for the same reason; weight normalisation is left out.
+    coupling networks group normalisation stands in for it, for the same reason; weight normalisation and the sum over
+    the outputs of all residual blocks are left out.
 
     Source: Dinh, Sohl-Dickstein, Bengio 2016 (RealNVP), sections 3 and 4.1.
 
@@ -104,7 +105,7 @@ def realnvp(
     for _ in range(scales - 1):
         part = [*checkerboard(couplings), Squeeze()]
         channels, height, columns, width = 4 * channels, height // 2, columns // 2, 2 * width
-        parts.append([*part, *channelwise(couplings), FactorOut()])
+        parts.append([*part, *channelwise(couplings), DiagonalFirst(), FactorOut()])
         channels //= 2
         latents.append((channels, height, columns))
     parts.append(checkerboard(couplings + 1))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet.flows.bijection import Bijection
+from revnet.flows.finite import has_values
 from revnet.reversible import is_recomputing
 
 __all__ = ["ActNorm", "Scaling"]
@@ -27,7 +28,7 @@ class _FromFirstBatch(Bijection):
     @torch.no_grad()
     def _look_at(self, x: Tensor, dims: list[int]) -> None:
         # A second evaluation in the backward pass has the buffers of the first, and is none to initialise.
-        if not self.training or self._seen or is_recomputing():
+        if not self.training or self._seen or is_recomputing() or not has_values(x):
             return
         if not self.initialised:
             mean, deviation = _mean_and_deviation(x, dims)

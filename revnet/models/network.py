@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from revnet.models.branches import norm
 from revnet.models.units import ResidualUnit, Stage, TransitionUnit
@@ -27,17 +28,25 @@ __all__ = ["FullyReversibleNet", "PreActResNet", "RevNet"]
 
 
 @torch.fx.wrap
-def _check_images(x: Tensor, channels: int | None, least: int) -> None:
+def _check_images(x: Tensor, channels: int | None) -> None:
     if x.ndim == 4 and channels not in (None, x.shape[1]):
         raise ValueError(
             f"images of shape {tuple(x.shape)}: this network takes {channels} channels; convert the images or build it "
             f"with in_channels={x.shape[1]}"
         )
-    if x.ndim != 4 or min(x.shape[-2:]) < least:
+    if x.ndim != 4 or min(x.shape[-2:]) < 1:
         raise ValueError(
-            f"images of shape {tuple(x.shape)}: this network takes (batch, channels, height, width) with height and "
-            f"width of at least {least}; give it larger images, or take a network for small ones, such as revnet38() "
-            f"or revnet50(small_images=True)"
+            f"images of shape {tuple(x.shape)}: this network takes (batch, channels, height, width), with at least one "
+            f"pixel"
+        )
+
+
+@torch.fx.wrap
+def _check_squeezable(x: Tensor, stem_stride: int, total_stride: int) -> None:
+    if any(-(-side // stem_stride) % (total_stride // stem_stride) for side in x.shape[-2:]):
+        raise ValueError(
+            f"images of shape {tuple(x.shape)}: height and width must be multiples of {total_stride}; scale or pad "
+            f"them, or build the network with downsampling='strided'"
         )
 
 
@@ -96,7 +105,8 @@ class PreActResNet(Switched):
         self.bn1 = norm_layer(stem)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
-        self.total_stride = (1 if small_images else 4) * prod(stage.stride for stage in stages)
+        self.stem_stride = 1 if small_images else 4
+        self.total_stride = self.stem_stride * prod(stage.stride for stage in stages)
         sequences = self._layers(stem, stages)
         self.stage_names = list(sequences)
         for name, layers in sequences.items():
@@ -130,17 +140,13 @@ class PreActResNet(Switched):
     def check_images(self, x: Tensor) -> None:
         """ValueError, with the remedy, for what is no batch of images that this network takes."""
         # Whoever replaces the first layer may put something there that does not say what it takes.
-        _check_images(x, getattr(self.conv1, "in_channels", None), self.least_size)
-
-    @property
-    def least_size(self) -> int:
-        """Height and width that images must have."""
-        return 1
+        _check_images(x, getattr(self.conv1, "in_channels", None))
 
     def run_stem(self, x: Tensor) -> Tensor:
         """The output of the stem, in its children's order where somebody looks at what `relu` and `maxpool` give."""
+        everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         looked_at = (m._forward_hooks or m._forward_pre_hooks for m in (self.relu, self.maxpool))
-        if isinstance(x, torch.fx.Proxy) or any(looked_at):
+        if isinstance(x, torch.fx.Proxy) or everywhere or any(looked_at):
             return self._run(x, ("conv1", "bn1", "relu", "maxpool"), self.stem_activations)
         return super().run_stem(x)
 
@@ -221,10 +227,10 @@ class FullyReversibleNet(PreActResNet):
             layers += _blocks(stage, stage.units, preactivate=index > 0)
         return {"layers": [*layers, Merge()]}
 
-    @property
-    def least_size(self) -> int:
-        """Height and width that images must have, a pixel at the end."""
-        return self.total_stride
+    def check_images(self, x: Tensor) -> None:
+        """ValueError, with the remedy, for what is no batch of images, or cannot be squeezed to the end."""
+        super().check_images(x)
+        _check_squeezable(x, self.stem_stride, self.total_stride)
 
     def __getattr__(self, name: str) -> Any:
         if name.removeprefix("layer").isdigit():

@@ -105,7 +105,11 @@ def _is_hooked(module: nn.Module) -> bool:
     """Whether a hook may hold what a module returns, or have made a view of it, as backward hooks do."""
     if torch.compiler.is_compiling():
         return False
-    everywhere = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    everywhere = (
+        torch_module._global_forward_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
     own = (m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules())
     return bool(everywhere) or any(own)
 
@@ -139,6 +143,7 @@ class TransitionUnit(nn.Module):
         del x1  # goes here, unless the shortcut keeps it
         # F comes last, so that the backward pass comes to it first and has no gradients of the shortcuts to hold.
         h = self.f(x2)
-        # No convolution keeps what it returns, but a hook may.
-        y1 = h.add_(y1) if h.dtype == y1.dtype and not _is_hooked(self.f) else y1 + h
+        # No convolution keeps what it returns, but other layers do, and a hook may.
+        free = isinstance(getattr(self.f, "last", None), nn.Conv2d) and not _is_hooked(self.f)
+        y1 = h.add_(y1) if free and h.dtype == y1.dtype else y1 + h
         return y1, z

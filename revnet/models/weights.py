@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -76,8 +77,8 @@ def architecture_of(path: str | PathLike[str]) -> dict[str, Any]:
 def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     """Reads weights that `save_weights` wrote into a network of the same names and shapes.
 
-    What leaves names and shapes alone may differ: `activations`, `exact`, `replace_stride_with_dilation`, a frozen
-    batch normalisation.
+    What leaves names and shapes alone may differ: `activations`, `exact`, `replace_stride_with_dilation`, whether
+    batch normalisation is frozen or synchronised.
 
     Raises:
         FileNotFoundError: there is no such file; no pretrained weights are published yet.
@@ -89,7 +90,7 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     held, file = _open(path)
     weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     there, here = file.metadata().get("normalisation", ""), _normalisation(network)
-    if there and here and there != here and "Frozen" not in there + here:
+    if there and here and there != here:
         raise _misfit(path, held, network, f"{there} behind the first convolution, here {here}")
     try:
         network.load_state_dict(weights)
@@ -132,7 +133,7 @@ def _normalisation(network: nn.Module) -> str:
     """What the first normalisation of a network computes, in words that no version of torch changes."""
     first = getattr(network, "bn1", None)
     settings = [f"{name}={getattr(first, name)}" for name in ("num_groups", "eps") if hasattr(first, name)]
-    kind = type(first).__name__.replace("SyncBatchNorm", "BatchNorm2d")
+    kind = re.sub("SyncBatchNorm|FrozenBatchNorm2d", "BatchNorm2d", type(first).__name__)
     return "" if first is None else f"{kind}({', '.join(settings)})"
 
 

@@ -62,9 +62,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def newest_checkpoint(directory: str | PathLike[str]) -> Path | None:
-    """The newest file `*.ckpt` that can be read; one of the best weights only where there is no other.
+    """The newest file `*.ckpt` that a training can go on from; one of the best weights only where there is no other.
 
-    A file that cannot be read, as one cut short, is passed over with one line in the log.
+    A file that cannot be read, as one cut short, is passed over with one line in the log; so is one of weights alone.
 
     Args:
         directory: where a run puts its checkpoints; it need not exist.
@@ -75,11 +75,13 @@ def newest_checkpoint(directory: str | PathLike[str]) -> Path | None:
     paths = list(Path(directory).glob("*.ckpt"))
     for path in sorted(paths, key=lambda path: (path.stem.startswith("best"), -path.stat().st_mtime_ns)):
         try:
-            read_checkpoint(path)
-        except ValueError:  # noqa: PERF203
+            found = read_checkpoint(path)
+        except ValueError:
             log.warning("%s cannot be read (cut short?) and is passed over", path)
-        else:
+            continue
+        if "optimizer_states" in found:
             return path
+        log.warning("%s holds weights alone and is passed over", path)
     return None
 
 

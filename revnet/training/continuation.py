@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
@@ -95,6 +96,7 @@ class Continuation(Callback):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
                     callback.best_model_path = ""
+        trainer.should_stop |= any(map(_has_stopped, trainer.early_stopping_callbacks))
         loaded, self._loaded = self._loaded, {}
         own = _own(loaded["processes"], trainer)
         _reopen_loader(trainer.fit_loop)
@@ -122,6 +124,8 @@ class Continuation(Callback):
             if isinstance(logger, CSVLogger) and str(logger.name) in logs:
                 version, count = logs[str(logger.name)]
                 file = _file(logger).parents[1] / version / logger.experiment.NAME_METRICS_FILE
+                if not file.is_file() and trainer.ckpt_path is not None:  # the training goes on in another directory
+                    file = Path(trainer.ckpt_path).resolve().parents[1] / str(logger.name) / version / file.name
                 lines = [line for line in _lines(file)[:count] if line["step"]]  # the last one may be cut short
                 if len(lines) < count:
                     rank_zero_warn(f"{file} has {len(lines)} lines of the {count} that it had at the checkpoint")
@@ -140,14 +144,32 @@ def in_mid_epoch(trainer: pl.Trainer) -> bool:
     return bool(epoch.processed < epoch.ready)  # type: ignore[attr-defined]
 
 
+def _has_stopped(callback: EarlyStopping) -> bool:
+    """Whether it had ended the training when the checkpoint was written, and would still: patience may be given more.
+
+    Lightning keeps why, and takes another epoch all the same.
+    """
+    reason = callback.stopping_reason
+    if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
+        return callback.wait_count >= callback.patience
+    return reason != EarlyStoppingReason.NOT_STOPPED
+
+
 def _follow(state: dict[str, Any] | None, directory: Path) -> None:
-    """Give the best checkpoint its new path where the run was moved: Lightning would forget which one was best."""
+    """Give the best checkpoints their new paths where the run was moved: Lightning would forget which was best."""
     if not state or not state.get("best_model_path") or Path(state["dirpath"]) == directory:
         return
-    best = directory / Path(state["best_model_path"]).name
-    if best.is_file():
-        state |= {"dirpath": str(directory), "best_model_path": str(best), "kth_best_model_path": str(best)}
-        state["best_k_models"] = {str(best): state["best_model_score"]}
+    moved = {path: str(directory / Path(path).name) for path in state["best_k_models"] if path}
+    kept = {path: score for path, score in state["best_k_models"].items() if Path(moved.get(path, "")).is_file()}
+    if state["best_model_path"] not in kept:
+        rank_zero_warn(
+            f"the best checkpoint of before, {state['best_model_path']}, is not in {directory}: the choice of the best "
+            f"begins anew; copy it there to go on with it"
+        )
+        return
+    state |= {"dirpath": str(directory), "best_model_path": moved[state["best_model_path"]]}
+    state["best_k_models"] = {moved[path]: score for path, score in kept.items()}
+    state["kth_best_model_path"] = moved.get(state["kth_best_model_path"], state["best_model_path"])
 
 
 def _of_all_processes(trainer: pl.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from revnet.training.continuation import in_mid_epoch
@@ -84,6 +85,11 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save."""
+        if trainer.should_stop and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            rank_zero_warn(
+                "the training ends within an epoch, whose other images it leaves out wherever it goes on; to end it "
+                "where it can go on to the same bits, send SIGTERM, as `timeout 12h revnet-train ...` does"
+            )
         self._save(trainer)
         self._stop_if_told(trainer)
 

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from revnet.training.parameter_groups import parameter_groups
 
@@ -84,11 +84,17 @@ class Task(pl.LightningModule):
         optimizer.zero_grad()
 
     def on_train_start(self) -> None:
-        """Let settings of the optimizer that were changed since the checkpoint take effect."""
+        """Let settings of the optimizer and the schedule that were changed since the checkpoint take effect."""
         then, self._loaded_settings = self._loaded_settings, {}
         if then:
             schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             _change(self.trainer.optimizers[0], schedules, then["groups"], self._settings["groups"])
+            for schedule in schedules:
+                if isinstance(schedule, LambdaLR):
+                    for group, rate, factor in zip(
+                        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+                    ):
+                        group["lr"] = rate * factor(schedule.last_epoch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the settings that the optimizer was made with."""

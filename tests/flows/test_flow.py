@@ -9,7 +9,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from revnet import AffineCoupling, ReversibleSequence, set_activations
 from revnet.flows import MLP, ActNorm, FactorOut, Flow, NonFiniteError, ScaleAndShift, Scaling, nice, realnvp
-from revnet.profiling import measure_memory
+from revnet.profiling import estimate, measure_memory
 from revnet.reversible import Merge, Split
 from tests.reversible.networks import relative
 
@@ -33,7 +33,7 @@ def images(activations="reconstruct", **arguments):
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
             if "last" in name:
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter += 0.1 * torch.randn_like(parameter)  # more takes samples to where the logit saturates
     return flow
 
 
@@ -275,6 +275,17 @@ def test_a_flow_is_measured_and_then_initialised_by_its_first_batch():
     flow.log_prob(x)
     assert flow.stages[0][0].initialised
     torch.testing.assert_close(flow.encode(x).std(0, correction=0), torch.ones(2))
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_a_flow_is_estimated_like_any_module(initialised):
+    flow = nice((1, 4, 4), hidden=8, layers=1)
+    x = torch.rand(4, 1, 4, 4)
+    if initialised:
+        flow(x)
+    estimated = estimate(flow, tuple(x.shape))
+    assert estimated.peak == measure_memory(flow.eval(), x).peak or not initialised
+    assert flow(x).shape == (4,)
 
 
 def test_the_first_finite_batch_initialises():

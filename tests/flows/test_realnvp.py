@@ -46,6 +46,17 @@ def test_every_scale_factors_half_out():
     assert flow.encode(torch.rand(2, 1, 8, 8)).shape == (2, 64)
 
 
+def test_a_checkerboard_of_all_colours_goes_on_to_the_next_scale():
+    """As in the published code; with `blocks=0` nothing but the order of the components is left."""
+    flow = realnvp((3, 4, 4), blocks=0, width=4, dequantise=False, logit=None).eval()
+    x = torch.arange(48.0).view(1, 3, 4, 4)
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    out, kept = flow.encode(x)[0].chunk(2)
+    assert set(out.tolist()) == set(x[..., (rows + columns) % 2 == 1].flatten().tolist())
+    assert set(kept.tolist()) == set(x[..., (rows + columns) % 2 == 0].flatten().tolist())
+    assert torch.equal(flow.decode(flow.encode(x)), x)
+
+
 def test_reconstruction_after_training_is_accurate():
     flow = realnvp((1, 8, 8), blocks=1, width=8)
     x = torch.rand(32, 1, 1, 1).expand(32, 1, 8, 8).mul(255).floor() / 255  # plain grey

@@ -121,9 +121,12 @@ def test_images_smaller_than_the_total_stride_are_taken_as_by_torchvision(name):
     assert get_model(name, num_classes=5).eval()(torch.randn(2, 3, 1, 1)).shape == (2, 5)
 
 
-def test_images_too_small_to_be_squeezed_are_refused_with_the_least_size():
-    with pytest.raises(ValueError, match=r"\(2, 3, 31, 31\).*at least 32"):
-        revnet18(downsampling="space_to_depth")(torch.randn(2, 3, 31, 31))
+def test_images_that_cannot_be_squeezed_are_refused_with_the_sizes_that_can():
+    network = revnet18(downsampling="space_to_depth")
+    for side in (1, 16, 48):
+        with pytest.raises(ValueError, match=rf"\(2, 3, {side}, {side}\): height and width must be multiples of 32"):
+            network(torch.randn(2, 3, side, side))
+    assert network(torch.randn(2, 3, 31, 64)).shape == (2, 1000)  # the stem makes 8x16 of it
 
 
 def test_the_first_layer_may_be_anything():

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import conv2d
+from torch.nn.modules.module import register_module_forward_hook
 
-from revnet.models import revnet38
+from revnet.models import revnet18, revnet38
 from revnet.models.branches import BasicBranch, BottleneckBranch
 from revnet.models.units import PointwiseShortcut, PoolPadShortcut, TransitionUnit
 from revnet.profiling import MemoryTimeline
@@ -51,3 +53,35 @@ def test_hooks_on_the_branch_of_a_transition_see_what_it_returns():
         assert len(seen) == (2 if hooked else 0)
         assert not hooked or torch.equal(*seen[0])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("last", [nn.ReLU, nn.Sigmoid, nn.Identity])
+def test_a_branch_of_ones_own_may_end_in_anything(last):
+    f = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), last())
+    unit = TransitionUnit(f, PoolPadShortcut(4, 8, 2), PoolPadShortcut(4, 8, 2)).double()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    y1, z = unit(x)
+    x1, x2 = (half.contiguous() for half in x.chunk(2, 1))
+    expected = (unit.shortcut1(x1) + f(x2), unit.shortcut2(x2))
+    found, wanted = (
+        torch.autograd.grad(sum(part.square().sum() for part in pair), list(f.parameters()))
+        for pair in ((y1, z), expected)
+    )
+    assert all(map(torch.allclose, found, wanted))
+
+
+def test_a_hook_on_all_modules_sees_what_they_return():
+    seen = []
+
+    def keep(module, _, output):
+        if isinstance(output, torch.Tensor):
+            seen.append((module, output, output.clone()))
+
+    with register_module_forward_hook(keep):
+        network = revnet18(num_classes=3)
+        with torch.no_grad():
+            network(torch.randn(2, 3, 32, 32))
+    changed = [type(module).__name__ for module, output, then in seen if not torch.equal(output, then)]
+    assert set(changed) <= {"BatchNorm2d"}  # of which an inplace ReLU makes its own
+    sizes = {module: output.shape[-1] for module, output, _ in seen}
+    assert (sizes[network.conv1], sizes[network.relu], sizes[network.maxpool]) == (16, 16, 8)

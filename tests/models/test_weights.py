@@ -64,6 +64,16 @@ def test_what_leaves_the_weights_alone_may_differ(tmp_path):
     get_model("revnet50", num_classes=3, weights=path, replace_stride_with_dilation=[False, True, True])
 
 
+def test_a_frozen_normalisation_of_another_eps_is_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    network = revnet38(num_classes=3)  # eps 1e-3, as published
+    save_weights(network, path)
+    with pytest.raises(ValueError, match=r"eps=0\.001.*eps=1e-05"):
+        revnet38(num_classes=3, weights=path, norm_layer=FrozenBatchNorm2d)
+    again = revnet38(num_classes=3, weights=path, norm_layer=partial(FrozenBatchNorm2d, eps=1e-3))
+    torch.testing.assert_close(again.eval()(IMAGES), network.eval()(IMAGES))
+
+
 def test_formats_and_dtypes_of_the_weights(tmp_path, file):
     network = revnet18(num_classes=7, weights=file).to(memory_format=torch.channels_last)
     save_weights(network, tmp_path / "last.safetensors")

@@ -123,7 +123,7 @@ def test_the_newest_that_can_be_read_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
     for age, name in enumerate(("best", "next", "last", "previous", "other")):
         path = tmp_path / f"{name}.ckpt"
-        torch.save({"state_dict": {}}, path)
+        torch.save({"state_dict": {}, "optimizer_states": []}, path)
         os.utime(path, (1000 - age, 1000 - age))
     (tmp_path / "next.ckpt").write_bytes((tmp_path / "next.ckpt").read_bytes()[:100])
     (tmp_path / "last.ckpt").write_bytes(b"")
@@ -144,7 +144,8 @@ def damaged(content: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("values", [100, 5_000, 50_000])
 def test_a_damaged_file_of_any_size_is_named_and_passed_over(values: int, zipped: bool, tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": torch.randn(values)}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=zipped)
+    checkpoint = {"state_dict": {"a": torch.randn(values)}, "optimizer_states": []}
+    torch.save(checkpoint, tmp_path / "old.ckpt", _use_new_zipfile_serialization=zipped)
     os.utime(tmp_path / "old.ckpt", (1000, 1000))
     whole = (tmp_path / "old.ckpt").read_bytes()
     for content in damaged(whole):

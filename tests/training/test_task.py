@@ -62,6 +62,13 @@ def test_changed_settings_take_effect_when_a_training_goes_on(
     assert torch.allclose(torch.tensor(resumed), torch.tensor(other[8:]), rtol=1e-6)
 
 
+def test_a_longer_training_goes_on_at_the_rate_of_its_own_schedule(fit: Fit, tmp_path: Path) -> None:
+    module = classifier(one_cycle)
+    fit(module, max_epochs=2).save_checkpoint(tmp_path / "short.ckpt")
+    whole, longer = rates(fit, classifier(one_cycle)), rates(fit, classifier(one_cycle), ckpt=tmp_path / "short.ckpt")
+    assert longer == whole[8:]
+
+
 def test_what_a_schedule_has_made_of_other_settings_is_kept(fit: Fit, half: Callable[..., Path]) -> None:
     cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
     path, whole = half(classifier(cycle)), rates(fit, classifier(cycle))
