@@ -14,9 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from revnet import models
+from revnet.build import build, refuse_contradictions
 from revnet.cli import command
 from revnet.processes import rank
-from revnet.train import build
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -111,6 +111,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     from revnet.training import load_checkpoint, print_summary, read_checkpoint
 
+    refuse_contradictions(cfg.trainer)
     data, task = build(cfg)
     if cfg.weights is not None:
         models.load_weights(task.network, cfg.weights)

@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
+from revnet.build import build
 from revnet.cli import command, compose
 from revnet.mistakes import mistake
 from revnet.models import list_models
-from revnet.train import build
 from revnet.training import Classifier, DensityEstimator, DriftGuard, FullyShard, TrainingMonitor
 from tests.commands import invoke
 

@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from revnet import train as train_module
+from revnet.build import build
 from revnet.predict import Predictor
 from tests.commands import invoke
 from tests.test_train import TINY
@@ -21,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_predictor_takes_bytes(run: Path, tmp_path: Path) -> None:
     path = run / "checkpoints/best.ckpt"
     predictor = Predictor(path)
-    data, task = train_module.build(OmegaConf.create(torch.load(path, weights_only=True)["config"]))
+    data, task = build(OmegaConf.create(torch.load(path, weights_only=True)["config"]))
     data.setup()
     images, _ = next(iter(data.test_dataloader()))
     task.load_state_dict(torch.load(path, weights_only=True)["state_dict"])

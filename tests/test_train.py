@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from revnet import train as train_module
+from revnet.build import build
 from revnet.cli import compose
 from tests.commands import invoke
 
@@ -90,7 +91,7 @@ def test_a_network_gets_as_many_classes_as_the_data_has(num_classes: int | str |
     else:
         cfg.model.num_classes = num_classes
     with torch.device("meta"):
-        _, classifier = train_module.build(cfg)
+        _, classifier = build(cfg)
     assert classifier.network.fc.out_features == 3
     assert classifier.config["model"]["num_classes"] == 3
 
@@ -197,7 +198,7 @@ def test_images_that_shrink_to_one_pixel_are_warned_of(
     model: str, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.device("meta"):
-        train_module.build(compose("train", "data=fake", "data.image_shape=[3,32,32]", f"model={model}"))
+        build(compose("train", "data=fake", "data.image_shape=[3,32,32]", f"model={model}"))
     assert ("of images of 32 pixels the last stage sees a single one" in caplog.text) == warned
 
 
