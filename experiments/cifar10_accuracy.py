@@ -1,11 +1,11 @@
 """RevNets against their ResNet twins on CIFAR-10: test error, time to accuracy, peak memory.
 
 The same recipe for all: bf16 autocast, channels_last, batch 128, shifts, mirror images, cutout, label smoothing, one
-cycle of SGD with Nesterov momentum, or with --recipe muon of Muon, with averaged weights (needs timm); muon_mixup is the
-same with more regularisation. The epoch that is best on a fixed part of the training images (a tenth, under muon_mixup
-4 %) is tested, once as it is and once with the logits of every image and its mirror image averaged. Activations are
-stored where the network is no RevNet, reconstructed where it is: "revnet38" in floating point, "revnet38 exact" on the
-grid; "revnet38 exact stored" stores them and comes to the same bits in less
+cycle of SGD with Nesterov momentum, or with --recipe muon of Muon, with averaged weights (needs timm); muon_mixup is
+the same with more regularisation. The epoch that is best on a fixed part of the training images (a tenth, under
+muon_mixup 4 %) is tested, once as it is and once with the logits of every image and its mirror image averaged.
+Activations are stored where the network is no RevNet, reconstructed where it is: "revnet38" in floating point,
+"revnet38 exact" on the grid; "revnet38 exact stored" stores them and comes to the same bits in less
 time. In ROOT lies torchvision's CIFAR-10, or with --data image_folder a folder of images; what is in ROOT/train and
 ROOT/test then decides what the figures mean, and NAME says it.
 

@@ -183,6 +183,23 @@ def test_a_mistake_in_the_configuration_is_one_line(
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "near"),
+    [
+        ("profile", "batch_sise=3", "batch_size"),
+        ("sample", "temprature=1", "temperature"),
+        ("shards", "shard_sise=1", "shard_size"),
+    ],
+)
+def test_every_command_names_the_nearest_of_its_own(
+    name: str, argument: str, near: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert invoke(command(name)(lambda cfg: pytest.fail("the job was started")), argument) == 2
+    (only,) = lines(capsys.readouterr().err)
+    mistyped = argument.partition("=")[0]
+    assert only.startswith(f"revnet-{name}: unknown key {mistyped!r}; did you mean {near!r}? valid: ")
+
+
 @pytest.mark.parametrize("defaults", ["", "defaults:\n- override /data: digits\n"])
 def test_an_experiment_that_would_change_nothing_is_one_line(
     defaults: str, capsys: pytest.CaptureFixture, tmp_path: Path
