@@ -31,10 +31,10 @@ class Flatten(Rearrangement):
         super().__init__()
         self.shape = tuple(shape)
 
-    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Any = None) -> Tensor:
         return x.flatten(1)
 
-    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
         """The examples in their shape."""
         return y.unflatten(1, self.shape)
 
@@ -66,7 +66,7 @@ class OddEvenSplit(Rearrangement):
         super().__init__()
         self.dim = dim
 
-    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         if x.shape[self.dim] % 2:
             raise ValueError(
                 f"cannot split {x.shape[self.dim]} components (dimension {self.dim} of shape {tuple(x.shape)}) into "
@@ -75,7 +75,7 @@ class OddEvenSplit(Rearrangement):
         even, odd = x.unflatten(self.dim, (-1, 2)).unbind(self.dim + 1 if self.dim >= 0 else self.dim)
         return even.contiguous(), odd.contiguous()
 
-    def inverse(self, x1: Tensor, x2: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, x1: Tensor, x2: Tensor, *, context: Any = None) -> Tensor:
         """The tensor whose components take turns from x1 and x2."""
         at = self.dim % x1.ndim
         return torch.stack((x1, x2), at + 1).flatten(at, at + 1)
@@ -106,7 +106,7 @@ class CheckerboardSplit(Rearrangement):
 
     fixed = True
 
-    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *, context: Any = None) -> tuple[Tensor, Tensor]:
         if x.ndim != 4 or x.shape[-1] % 2:
             raise ValueError(
                 f"cannot split a tensor of shape {tuple(x.shape)} by a checkerboard: give images (B, C, H, W) of even "
@@ -116,7 +116,7 @@ class CheckerboardSplit(Rearrangement):
         shifted = _odd_rows(x)
         return torch.where(shifted, right, left), torch.where(shifted, left, right)
 
-    def inverse(self, x1: Tensor, x2: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, x1: Tensor, x2: Tensor, *, context: Any = None) -> Tensor:
         """The images whose pixels with i + j even are x1."""
         shifted = _odd_rows(x1)
         return torch.stack((torch.where(shifted, x2, x1), torch.where(shifted, x1, x2)), -1).flatten(-2)
@@ -144,11 +144,11 @@ class DiagonalFirst(Rearrangement):
 
     fixed = True
 
-    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+    def forward(self, x: Tensor, *, context: Any = None) -> Tensor:
         first, second, third, fourth = x.unflatten(1, (-1, 4)).unbind(2)
         return torch.cat((first, fourth, second, third), 1)
 
-    def inverse(self, y: Tensor, context: Any = None) -> Tensor:
+    def inverse(self, y: Tensor, *, context: Any = None) -> Tensor:
         """The channels in the order of a squeeze."""
         first, fourth, second, third = y.chunk(4, 1)
         return torch.stack((first, second, third, fourth), 2).flatten(1, 2)

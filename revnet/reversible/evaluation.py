@@ -274,6 +274,9 @@ def observe(
         has_graph = torch.is_grad_enabled()
         with_graph = has_graph or not named.isdisjoint(GRAD_MODE) or any(map(_depends_on_grad_mode, modules))
         versions = [version_of(x) for x in state]
+        # The evaluation may put something else in the place of one, its result say.
+        held = [(m, n, b, True) for m in owners for n, b in m._buffers.items() if b is not None and b.requires_grad]
+        held_versions = [version_of(buffer) for _, _, buffer, _ in held]
         if begins is not None:
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
             begins(Evaluation(owners, modes, _places(owners), copies, (), random, device, with_graph, reads_statistics))
@@ -282,9 +285,19 @@ def observe(
         _local.tape = tape
     if [version_of(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
+    for (owner, name, buffer, _), version in zip(held, held_versions, strict=True):
+        if version_of(buffer) != version:
+            raise ValueError(
+                f"{type(owner).__name__} changes its buffer {name!r}, which requires grad, in place, and a second "
+                f"evaluation would find it changed; let it put a new tensor there, or detach the buffer"
+            )
     changed, unchanged = sort_out(buffers, reads_statistics)
-    places = _places(owners)
-    return result, Evaluation(owners, modes, places, changed, unchanged, random, device, with_graph, reads_statistics)
+    # A leaf that has come to require grad is told of where its gradient turns up; anything else there is a result.
+    places = {(id(m), n): (m, n, p, g) for m, n, p, g in _places(owners) if n in m._parameters or p.is_leaf}
+    places |= {(id(place[0]), place[1]): place for place in held}
+    return result, Evaluation(
+        owners, modes, tuple(places.values()), changed, unchanged, random, device, with_graph, reads_statistics
+    )
 
 
 def _places(owners: Iterable[nn.Module]) -> tuple[ParameterPlace, ...]:
@@ -326,7 +339,10 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
     # Under inference_mode tensors do not count their changes: once for each branch, values are compared.
     unseen = not torch.compiler.is_compiling() and _is_real(x) and x.is_inference() and module not in _inspected
     version, before = version_of(x), x.clone() if unseen else None
-    result = module(x) if context is None else module(x, context)
+    if context is None:
+        result = module(x)
+    else:  # of a sequence the second argument is the other half
+        result = module(x, context=context) if hasattr(type(module), "has_inverse") else module(x, context)
     if version_of(x) != version or (before is not None and not ((before == x) | (before != before)).all()):
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
     if before is not None:

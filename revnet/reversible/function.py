@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Coupling, Step
 from revnet.reversible.drift import Sample
-from revnet.reversible.evaluation import Evaluation, modules_in, observe, recording
+from revnet.reversible.evaluation import Evaluation, modules_in, observe, parameters_of, recording
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, on_grid
 from revnet.reversible.replay import Replay
@@ -110,8 +110,8 @@ class _ReversibleFunction(torch.autograd.Function):
                 'switch its sequence to activations="store", or to a plan of "store" and "recompute" alone'
             )
         job: _Job = ctx.job
-        job.run.check_unchanged(ctx.versions)
         state = list(ctx.saved_tensors)
+        job.run.check_unchanged(ctx.versions)
         if hasattr(ctx, "maybe_clear_saved_tensors"):
             ctx.maybe_clear_saved_tensors()
         context = [state.pop() for _ in range(job.context.count)][::-1]
@@ -135,6 +135,8 @@ class _ReversibleFunction(torch.autograd.Function):
             if index == ctx.begins:
                 job.run.report(ctx.sample.error(tuple(state)))
         _check_known(replay, job)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.evaluations = ctx.sample = None  # as what is saved goes, too, though somebody may hold the loss
         flat: list[Tensor | None] = [g if need else None for g, need in zip(grads, needs, strict=True)]
         flat += [grad_log_det] * job.has_log_det
         flat += [replay.sums.get(id(t)) for t in (*replay.context_aliases, *job.trainable)]
@@ -217,6 +219,16 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
 
 
 def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:
+    """TypeError where the parameters of a layer and those of its branches are not the same."""
+    own = {id(p) for module in modules_in(layer) for _, p in parameters_of(module)}
+    for evaluation in evaluations:
+        for owner, name, parameter, needs_grad in evaluation.parameters:
+            if needs_grad and id(parameter) not in own:
+                raise TypeError(
+                    f"parameter {name!r} of {type(owner).__name__}, in a branch of {type(layer).__name__}, is not "
+                    f"registered there, so it would get no gradient; register the module that holds it (in an "
+                    f"nn.ModuleList instead of a list)"
+                )
     covered = {id(p) for e in evaluations for _, _, p, _ in e.parameters}
     for name, parameter in layer.named_parameters():
         if id(parameter) not in covered:

@@ -121,10 +121,10 @@ class Split(Rearrangement):
         super().__init__()
         self.dim = dim
 
-    def forward(self, x: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *, context: object = None) -> tuple[Tensor, Tensor]:
         return split_halves(x, self.dim)
 
-    def inverse(self, x1: Tensor, x2: Tensor, context: object = None) -> Tensor:
+    def inverse(self, x1: Tensor, x2: Tensor, *, context: object = None) -> Tensor:
         """The tensor whose halves are x1 and x2."""
         return merge_halves(x1, x2, self.dim)
 
@@ -151,10 +151,10 @@ class Merge(Rearrangement):
         super().__init__()
         self.dim = dim
 
-    def forward(self, x1: Tensor, x2: Tensor, context: object = None) -> Tensor:
+    def forward(self, x1: Tensor, x2: Tensor, *, context: object = None) -> Tensor:
         return merge_halves(x1, x2, self.dim)
 
-    def inverse(self, x: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, *, context: object = None) -> tuple[Tensor, Tensor]:
         """The two halves of x."""
         return split_halves(x, self.dim)
 

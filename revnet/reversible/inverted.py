@@ -29,9 +29,8 @@ def invert(layer: nn.Module) -> nn.Module:
         >>> invert(Split())(torch.randn(2, 3), torch.randn(2, 3)).shape
         torch.Size([2, 6])
     """
-    known = getattr(layer, "inv", None)  # of a sequence, or of an inverted layer
-    if isinstance(known, nn.Module):
-        return known
+    if isinstance(getattr(type(layer), "inv", None), property):  # of a sequence, or of an inverted layer
+        return layer.inv  # type: ignore[return-value]
     if isinstance(layer, Coupling):
         return _InvertedCoupling(layer)
     check_invertible(layer)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet.reversible.autocast import is_autocast_on
+from revnet.reversible.buffers import version_of
 from revnet.reversible.grid import check_dtype, is_transformed, to_grid
 from revnet.reversible.halves import Rearrangement
 
@@ -121,4 +122,11 @@ def _dense(x: Tensor) -> Tensor:
 def invert_layer(layer: nn.Module, state: State, context: Any = None) -> State:
     """The input of `layer` that gives `state`."""
     check_invertible(layer)
-    return as_state(layer.inverse(*state, **arguments(context)), layer)  # type: ignore[operator]
+    versions = [version_of(x) for x in state]
+    found = as_state(layer.inverse(*state, **arguments(context)), layer)  # type: ignore[operator]
+    if [version_of(x) for x in state] != versions:
+        raise ValueError(
+            f"{type(layer).__name__} changes in place what its `inverse` is given, which others hold; let it make a "
+            f"new tensor"
+        )
+    return found

@@ -20,7 +20,8 @@ _LIBRARIES = ("torch", "numpy", *sys.stdlib_module_names)
 _ENGINE = f"{__name__.rpartition('.')[0]}."
 _PLAIN = ("torch.nn.modules.", "builtins", _ENGINE)
 _of_classes: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-_of_instances: weakref.WeakKeyDictionary[nn.Module, tuple[Any, frozenset[str]]] = weakref.WeakKeyDictionary()
+_of_forwards: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
+"""Of a `forward` of one instance: keyed by it, as a value that held it would keep it alive, and with it the module."""
 
 
 def names_in(module: nn.Module) -> frozenset[str]:
@@ -37,10 +38,13 @@ def names_in(module: nn.Module) -> frozenset[str]:
     forward = module.__dict__.get("forward")
     if forward is None:
         return found
-    known = _of_instances.get(module)
-    if known is None or known[0] is not forward:
-        known = _of_instances[module] = (forward, found | _names([forward]))
-    return known[1]
+    try:
+        known = _of_forwards.get(forward)
+    except TypeError:  # neither hashed nor referred to weakly
+        return found | _names([forward])
+    if known is None:
+        known = _of_forwards[forward] = _names([forward])
+    return found | known
 
 
 def _names(members: Iterable[Any]) -> frozenset[str]:

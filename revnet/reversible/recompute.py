@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,9 +58,7 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
             versions.extend((p, p._version) for p in parameters)  # behind it: an embedding with max_norm writes to them
             return result
         run.check_unchanged(versions)
-        if isinstance(layer, Coupling):
-            layer.exact = run.exact  # it may have been switched since
-        with first.aliased(), first.surroundings(None):
+        with first.aliased(), first.surroundings(None), _exact_as_then(layer, run.exact):
             result = apply(*state)
         run.check_repeated(layer, first, result[0])
         return result
@@ -74,3 +74,16 @@ def recomputed(run: Run, state: State, context: Any, log_det: Tensor | None) -> 
     state, found = result
     # The checkpoint holds what it was given, which somebody may add to in place.
     return state, found.clone() if found is not None and found is log_det else found
+
+
+@contextmanager
+def _exact_as_then(layer: nn.Module, exact: bool) -> Iterator[None]:
+    """Lets a coupling compute as in the forward pass: it may have been switched since."""
+    if not isinstance(layer, Coupling):
+        yield
+        return
+    now, layer.exact = layer.exact, exact
+    try:
+        yield
+    finally:
+        layer.exact = now

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from revnet.reversible.autocast import Autocast
+from revnet.reversible.buffers import version_of
 from revnet.reversible.coupling import ADDITIVE, Addition, Step
 from revnet.reversible.evaluation import Evaluation, call, is_differentiable
 from revnet.reversible.layer import apply_layer, as_stream, invert_layer
@@ -60,8 +61,16 @@ class Replay:
                     h = call(step.branch, x, self.context)
                 self.run.check_repeated(step.branch, evaluation, h)
                 out = state[moved] if self.made[moved] and _is_held_once(state[moved]) else None
-                state[moved] = step.rule.undo(state[moved], h, out)
+                given = state[moved]
+                version = version_of(given)
+                state[moved] = step.rule.undo(given, h, out)
+                if out is None and version_of(given) != version:
+                    raise ValueError(
+                        f"{type(step.rule).__name__} changes in place what its `undo` is given, which others hold; let "
+                        f"it make a new tensor where `out` is None"
+                    )
                 self.made[moved] = True
+                del given
                 del out
                 if not wanted:
                     return

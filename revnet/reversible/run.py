@@ -76,7 +76,7 @@ class Run:
             return
         difference = evaluation.sample.error(as_state(result, module)).item()
         if difference > self.tolerance:
-            name = next(name for name, found in self.named_modules() if found is module)
+            name = next((name for name, found in self.named_modules() if found is module), "a branch")
             raise RuntimeError(
                 f"{name} ({type(module).__name__}) of a reversible sequence is not deterministic: the result of its "
                 f"second evaluation is {difference:.1e} off that of the first (relative); let it draw from torch's "

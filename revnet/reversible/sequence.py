@@ -318,6 +318,7 @@ class ReversibleSequence(nn.Sequential):
             plan = ["store"] * len(plan)
         else:
             self._errors.clear()
+            self._inspected.intersection_update(self)  # a layer that was replaced may go
             self.watch.judge_arrived()
             if getattr(self, "_is_replica", False) and set(plan) != {"store"}:
                 raise ValueError(

@@ -194,3 +194,14 @@ def test_a_rule_without_an_inverse_is_named():
 
     with pytest.raises(TypeError, match="Rule has no `inverse`"):
         invert(Own(nn.Identity()))(*torch.randn(2, 3, 4))
+
+
+def test_a_part_called_inv_is_no_inverse():
+    class WithInv(Twice):
+        def __init__(self):
+            super().__init__()
+            self.inv = nn.Identity()
+
+    sequence = ReversibleSequence([WithInv()])
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(sequence.inv(sequence(x)), x)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from revnet import AdditiveCoupling, ReversibleSequence, is_recomputing
 from revnet.models import revnet38
 from revnet.profiling import MemoryTimeline
-from tests.reversible.networks import BRANCHES, EVERY, MODES, VALUES, blocks, same, sequence, step
+from tests.reversible.networks import BRANCHES, EVERY, EXACT, MODES, VALUES, blocks, same, sequence, step
 
 
 @pytest.fixture
@@ -69,6 +69,33 @@ def test_50_steps_leave_no_more_memory_alive_than_one(activations, exact):
     finally:
         gc.enable()
     assert len(set(live[1:])) == 1
+
+
+def test_a_layer_that_was_replaced_is_not_kept():
+    net = sequence("reconstruct", 3, 4)
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    step(net, x)
+    replaced = weakref.ref(net[2])
+    net[2] = blocks(1, 4)[0]
+    step(net, x)
+    gc.collect()
+    assert replaced() is None
+
+
+@EXACT
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_loss_that_is_kept_keeps_nothing_of_its_backward_pass(exact, keep, x):
+    net = sequence("reconstruct", branch=BRANCHES["dropout"], exact=exact)
+    y = net(x)
+    node = y.grad_fn
+    while not hasattr(node, "sample"):
+        node = node.next_functions[0][0]
+    loss = y.sum()
+    loss.backward(retain_graph=keep)
+    assert (node.sample is not None) == (node.evaluations is not None) == keep
+    if not keep:
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
 
 
 @MODES

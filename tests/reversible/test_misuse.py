@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from revnet import AdditiveCoupling, AffineCoupling, ReversibleBlock, ReversibleSequence, set_activations
-from revnet.reversible import Coupling, Merge, Split
+from revnet.reversible import Coupling, Merge, Split, Step
+from revnet.reversible.coupling import ADDITION
 from tests.reversible.networks import EVERY, EXACT, MODES, VALUES, Transition, blocks, curved, sequence, step
 
 
@@ -509,3 +510,62 @@ def test_a_replica_of_data_parallel_is_refused_with_the_remedy(activations, halv
     replica = ReversibleSequence(blocks(4, 2), activations)._replicate_for_data_parallel()
     with pytest.raises(ValueError, match=r"nn\.DataParallel .*DistributedDataParallel, or activations="):
         replica(*halves)
+
+
+class Shift(nn.Module):
+    """Whose inverse changes what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(6, dtype=torch.float64))
+
+    def forward(self, x):
+        return x + self.shift
+
+    def inverse(self, y):
+        return y.sub_(self.shift)
+
+
+def test_an_inverse_that_changes_what_it_is_given_in_place():
+    sequence = ReversibleSequence([Shift()])
+    y = sequence(torch.randn(2, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"Shift changes in place what its `inverse` is given.*let it make a new"):
+        y.sum().backward()
+    with pytest.raises(ValueError, match="Shift changes in place"), torch.no_grad():
+        sequence.inverse(y)
+
+
+class Doubling:
+    """A rule whose undo changes what it is given."""
+
+    def move(self, x, h):
+        return x * 2 + h, None
+
+    def undo(self, y, h, out=None):
+        return y.sub_(h).div_(2)
+
+
+class Doubled(AdditiveCoupling):
+    def steps(self):
+        return (Step(self.branch, 0, Doubling()),)
+
+
+def test_an_undo_that_changes_what_it_is_given_in_place(halves):
+    y1, y2 = ReversibleSequence([Doubled(nn.Conv2d(4, 4, 1))], exact=False)(*halves)
+    with pytest.raises(ValueError, match=r"Doubling changes in place what its `undo` is given"):
+        (y1.sum() + y2.sum()).backward()
+
+
+class Unregistered(Coupling):
+    def __init__(self):
+        super().__init__()
+        self.parts = [nn.Conv2d(4, 4, 1)]
+
+    def steps(self):
+        return (Step(self.parts[0], 0, ADDITION),)
+
+
+def test_a_branch_that_the_coupling_has_not_registered(halves):
+    blocks = [ReversibleBlock(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), Unregistered()]
+    with pytest.raises(TypeError, match=r"'weight' of Conv2d, in a branch of Unregistered, .*nn\.ModuleList"):
+        ReversibleSequence(blocks)(*halves)

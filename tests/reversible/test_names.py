@@ -1,7 +1,9 @@
 """What the code of a module names is found through whatever it calls by name."""
 
 import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -201,3 +203,17 @@ def test_a_function_that_is_compiled_is_known():
     assert COMPILED in names_in(Compiled())
     assert COMPILED not in names_in(Disabled())
     assert COMPILED not in names_in(ByMethod())
+
+
+@pytest.mark.parametrize(
+    "bind",
+    [lambda module: types.MethodType(ByMethod.forward, module), lambda module: functools.partial(deeper, module)],
+)
+def test_a_module_whose_forward_refers_to_it_is_not_kept(bind):
+    module = nn.Identity()
+    module.forward = bind(module)
+    assert "wanted" in names_in(module)
+    assert "wanted" in names_in(module)
+    module = weakref.ref(module)
+    gc.collect()
+    assert module() is None

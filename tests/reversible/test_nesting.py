@@ -7,6 +7,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from revnet import ReversibleBlock, ReversibleSequence
+from revnet.reversible import Merge, Split
 from tests.reversible.networks import BRANCHES, EXACT, MODES, VALUES, same, sequence, step
 
 
@@ -40,6 +41,50 @@ def test_a_sequence_inside_a_sequence(activations, exact, inner, x):
     z, found = step(nested(activations, inner), x)
     assert torch.equal(y, z)
     assert same(found, truth, exact)
+
+
+class Conditional(nn.Linear):
+    """A branch that adds the context."""
+
+    def forward(self, x, context=None):
+        return super().forward(x).tanh() + (0 if context is None else context)
+
+
+@MODES
+@pytest.mark.parametrize("inner", VALUES)
+def test_a_sequence_inside_a_sequence_gets_the_context(activations, exact, inner):
+    """As the same layers written out by hand do."""
+
+    def nested(outer, inner):
+        torch.manual_seed(1)
+        parts = [ReversibleBlock(Conditional(2, 2), Conditional(2, 2)) for _ in range(2)]
+        f = ReversibleSequence([Split(), *parts, Merge()], inner, exact)
+        return ReversibleSequence([ReversibleBlock(f, Conditional(4, 4))], outer, exact).double(), parts
+
+    def gradients(network, parts, by_hand=False):
+        x1, x2, context = (torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4) * i for i in (1, 2, 3))
+        context = context[:, :1].clone().requires_grad_()
+        if by_hand:
+            h = x2.chunk(2, 1)
+            for part in parts:
+                h = part(*h, context)
+            y1 = x1 + torch.cat(h, 1)
+            y2 = x2 + network[0].g(y1, context)
+        else:
+            y1, y2 = network(x1, x2, context=context)
+        (y1.square().sum() + y2.square().sum()).backward()
+        return [context.grad, *(p.grad for p in network.parameters())]
+
+    truth = gradients(*nested("store", "store"), by_hand=True)
+    found = gradients(*nested(activations, inner))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("activations", VALUES)
+def test_a_second_tensor_for_a_sequence_on_one_is_refused(activations):
+    network = ReversibleSequence([Split(), ReversibleBlock(Conditional(2, 2), Conditional(2, 2)), Merge()], activations)
+    with pytest.raises(TypeError):
+        network(torch.randn(3, 4), torch.randn(3, 4))
 
 
 @MODES

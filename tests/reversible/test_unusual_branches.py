@@ -258,6 +258,19 @@ class FilledAtFirst(nn.Module):
         return h * self.mean
 
 
+class Memory(nn.Module):
+    """Puts its result, with its graph, in the place of a buffer that it reads, as recurrent layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("memory", torch.full((4, C), 0.3, dtype=torch.float64))
+
+    def forward(self, x):
+        self.memory = (self.inner(x) + self.memory).tanh()
+        return self.memory
+
+
 class Annotated(nn.Module):
     """Reads attributes of its parameters, as quantised layers do."""
 
@@ -274,9 +287,36 @@ class Annotated(nn.Module):
 
 
 @MODES
-@pytest.mark.parametrize("branch", [SharedBuffer, FilledAtFirst, Annotated])
+@pytest.mark.parametrize("branch", [SharedBuffer, FilledAtFirst, Annotated, Memory])
 def test_gradients_of_unusual_branches_are_those_of_store(activations, exact, branch):
     assert_as_store(branch, activations, exact)
+
+
+def test_a_recomputed_memory_gives_the_gradients_of_store_through_time():
+    inputs, found = halves(), []
+    for activations in ("recompute", "store"):
+        network = blocks_of(Memory, activations, False)
+        outputs = network(*network(*(x.detach() for x in inputs)))
+        loss(outputs).backward()
+        found.append([p.grad for p in network.parameters()])
+    assert same(*found, False)
+
+
+@MODES
+def test_a_buffer_with_a_gradient_that_a_branch_changes_in_place_is_refused(activations, exact):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(C, dtype=torch.float64, requires_grad=True))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.scale.mul_(2)
+            return x * self.scale
+
+    network = blocks_of(Scaled, activations, exact)
+    with pytest.raises(ValueError, match=r"Scaled changes its buffer 'scale', which requires grad, in place"):
+        network(*halves())
 
 
 @MODES
