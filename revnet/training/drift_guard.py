@@ -67,6 +67,7 @@ class DriftGuard(Callback):
         self.fall_back_above = fall_back_above
         self.fallen_back: list[str] = []
         self._guarded: dict[str, tuple[ReversibleSequence, Watch]] = {}
+        self._largest: dict[str, float] = {}
         self._clip_val: int | float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -83,6 +84,9 @@ class DriftGuard(Callback):
             sequence.watch = self._watch(sequence.watch)
             if name in self.fallen_back:
                 sequence.activations = "store"
+            if isinstance(sequence.watch, _FallBackWatch) and name in self._largest:
+                sequence.watch.largest = torch.tensor(self._largest[name], device=pl_module.device)
+        self._largest = {}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -135,12 +139,22 @@ class DriftGuard(Callback):
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The names of the sequences that have fallen back."""
-        return {"fallen_back": list(self.fallen_back)}
+        """The names of the sequences that have fallen back, and the errors since the last optimizer step.
+
+        (Of several processes those of the first, whose state a checkpoint keeps.)
+        """
+        watches = {name: sequence.watch for name, (sequence, _) in self._guarded.items()}
+        largest = {
+            name: float(watch.largest)
+            for name, watch in watches.items()
+            if isinstance(watch, _FallBackWatch) and watch.largest is not None
+        }
+        return {"fallen_back": list(self.fallen_back), "largest": largest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.fallen_back = list(state_dict["fallen_back"])
+        self._largest = dict(state_dict.get("largest", {}))
 
     def _watch(self, own: Watch) -> Watch:
         warn_above = own.warn_above if self.warn_above is None else self.warn_above

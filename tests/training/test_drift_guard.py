@@ -164,6 +164,27 @@ def test_one_of_the_accumulated_batches_is_enough(fit: Fit, gains: tuple[float, 
     assert course.activations[-1] == ["reconstruct", "store"]
 
 
+def test_what_an_accumulated_batch_has_found_is_kept_over_a_stop(fit: Fit) -> None:
+    states: list[dict[str, Any]] = []
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            states.append(copy.deepcopy(first.state_dict()))
+
+    first, again = DriftGuard(fall_back_above=0.1), DriftGuard(fall_back_above=0.1)
+    with warned():
+        gains = Course(EXPLODES, CALM, CALM, CALM)
+        fit(classifier(), callbacks=[first, gains, Save()], max_epochs=1, accumulate_grad_batches=2)
+    assert states[0]["largest"]["body.1"] > 0.1
+    assert states[1] == {"fallen_back": ["body.1"], "largest": {}}
+    again.load_state_dict(states[0])
+    course = Course(*[CALM] * 4)
+    with warned() as messages:
+        fit(classifier(), callbacks=[again, course], max_epochs=1, accumulate_grad_batches=2)
+    assert [bool(re.search(r"step 1 is not applied", message)) for message in messages] == [True]
+    assert course.changes() == [NEITHER, NEITHER, NEITHER, BOTH]
+
+
 @pytest.mark.parametrize("gain", [math.nan, math.inf])
 @pytest.mark.parametrize("threshold", [0.1, math.inf])
 def test_an_error_that_is_not_finite_is_beyond_every_threshold(fit: Fit, gain: float, threshold: float) -> None:
@@ -262,7 +283,7 @@ def test_a_resumed_training_goes_on_storing(fit: Fit, tmp_path: Path, threshold:
         trainer = fit(classifier(), callbacks=first, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
-    assert saved["DriftGuard"] == {"fallen_back": ["body.1"]}
+    assert saved["DriftGuard"] == {"fallen_back": ["body.1"], "largest": {}}
     guard, course = DriftGuard(fall_back_above=threshold), Course(*[EXPLODES] * 4)
     fit(classifier(), callbacks=[guard, course], max_epochs=2, ckpt=tmp_path / "last.ckpt")
     assert course.activations == [["reconstruct", "store"]] * 5
