@@ -150,7 +150,7 @@ def starts(directory: Path) -> list[dict[str, Any]]:
     """Date, command, commit and threads with which the run was begun, and gone on with."""
     records = sorted(directory.glob("environment*.json"), key=lambda record: record.stat().st_mtime)
     found = [json.loads(record.read_text()) for record in records]
-    return [{key: start[key] for key in ("date", "command", "commit", "threads")} for start in found]
+    return [{key: start.get(key) for key in ("date", "command", "commit", "threads")} for start in found]
 
 
 def error(row: Row) -> float:

@@ -136,14 +136,16 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         )
 
 
-def refuse_odd_monitors(callbacks: DictConfig) -> None:
+def refuse_odd_monitors(cfg: DictConfig) -> None:
     """Look at how the best checkpoint, and the end of a training, are to be chosen.
 
     Raises:
         ValueError: that would be the worst one, another than was validated, or the last of several under one name.
     """
+    callbacks = cfg.callbacks
     for key, node in ((str(key), node) for key, node in callbacks.items()):
-        if node is None or not node.get("monitor"):
+        kind = str((node or {}).get("_target_")).rpartition(".")[2]
+        if kind not in ("EarlyStopping", "ModelCheckpoint") or not node.get("monitor"):
             continue
         mode = BETTER.get(str(node.monitor).rpartition("/")[2], node.get("mode", "min"))
         if node.get("mode", "min") != mode:
@@ -155,7 +157,8 @@ def refuse_odd_monitors(callbacks: DictConfig) -> None:
     best = callbacks.get("best")
     if best is None:
         return
-    if best.get("save_top_k", 1) not in (0, 1) and "{step" not in best.filename:
+    unique = "{step" in best.filename or ("{epoch" in best.filename and not cfg.trainer.get("val_check_interval"))
+    if best.get("save_top_k", 1) not in (0, 1) and not unique:
         raise ValueError(
             f"callbacks.best.save_top_k={best.save_top_k}: several checkpoints need several names, such as "
             "callbacks.best.filename='best-{step}'"

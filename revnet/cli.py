@@ -60,12 +60,12 @@ def command(
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
-        @_forgetting()
         def checked(cfg: DictConfig) -> Any:
             _silence()  # here too: a launcher may run the job in another process
-            _check_places(cfg)
-            check_overrides(cfg, HydraConfig.get().overrides.task)
-            return task(cfg)
+            with _forgetting():
+                _check_places(cfg)
+                check_overrides(cfg, HydraConfig.get().overrides.task)
+                return task(cfg)
 
         @functools.wraps(task)
         def job(cfg: DictConfig) -> Any:

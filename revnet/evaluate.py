@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from revnet import models
-from revnet.build import build, refuse_contradictions
+from revnet.build import build
 from revnet.cli import command
 from revnet.processes import rank
 
@@ -111,7 +111,6 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     from revnet.training import load_checkpoint, print_summary, read_checkpoint
 
-    refuse_contradictions(cfg.trainer)
     data, task = build(cfg)
     if cfg.weights is not None:
         models.load_weights(task.network, cfg.weights)

@@ -28,6 +28,8 @@ except ImportError:  # Windows
 __all__ = ["KeepRuns", "forget", "with_saved_overrides"]
 
 
+PLACE = "callbacks.last.dirpath"  # of the last checkpoints of a training
+
 _locks: list[IO[str]] = []  # held by this process: none or one
 _before: dict[str, set[Path]] = {}
 """What was there, of a run's directory and in it, before the run."""
@@ -54,7 +56,7 @@ class KeepRuns(Callback):
             there = (directory / config.hydra.output_subdir).is_dir() if config.hydra.output_subdir else False
             resume = ", or go on with the run there: ckpt_path=last" if there else ""
             self._refuse(config, directory, f"choose another run_dir{resume}")
-        elif _is_of_another_run(config.ckpt_path, directory / "checkpoints"):
+        elif _is_of_another_run(config.ckpt_path, directory / "checkpoints", _given_place(config)):
             self._refuse(config, directory, f"go on from {config.ckpt_path} in another run_dir")
         elif config.hydra.output_subdir is not None:
             earlier = _records(directory, config.hydra.output_subdir)
@@ -157,7 +159,9 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
     saved = [str(override) for override in loaded]
     again = {argument.partition("=")[0] for argument in arguments}
     origin = [override for override in saved if override.startswith("ckpt_path=") and parse(override).value()]
-    if origin and not any(directory.glob("checkpoints/*.ckpt")):
+    moved = [o for o in (*saved, *arguments) if o.lstrip("+").startswith(f"{PLACE}=") and "${" not in o]
+    places = [directory / "checkpoints", *(Path(str(parse(o).value())) for o in moved)]
+    if origin and not any(any(place.glob("*.ckpt")) for place in places):
         arguments = [origin[-1] if argument == "ckpt_path=last" else argument for argument in arguments]
     saved = [override for override in saved if override.partition("=")[0] not in again]
     flags = get_args_parser().parse_args(arguments)
@@ -167,12 +171,15 @@ def with_saved_overrides(arguments: list[str]) -> list[str]:
 
 
 def forget(directory: Path) -> None:
-    """Remove what was written of a run that was refused before it began, which `environment*.json` would say.
+    """Remove what was written of a run that was refused before it began.
+
+    That it has, a new `environment*.json` of a training says, or the `result.json` of a measurement.
 
     Its overrides would hold for the next one that goes on in its directory, and a new directory would be taken.
     """
     before = _before.pop(str(directory), None)
-    if before is None or any(file not in before for file in directory.glob("environment*.json")):
+    signs = (*directory.glob("environment*.json"), *directory.glob("result.json"))
+    if before is None or any(file not in before for file in signs):
         return
     new = [path for path in directory.rglob("*") if path not in before]
     for path in sorted(new, reverse=True):  # what is in a directory ahead of it
@@ -189,10 +196,16 @@ def _config_dir(record: Path) -> list[str]:
     return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
 
 
-def _is_of_another_run(ckpt_path: str, checkpoints: Path) -> bool:
-    """Whether a run that has checkpoints of its own is to go on from one that is none of them."""
-    own = checkpoints.resolve()
-    return ckpt_path != "last" and Path(ckpt_path).resolve().parent != own and any(own.glob("*.ckpt"))
+def _is_of_another_run(ckpt_path: str, *places: Path) -> bool:
+    """Whether a run that has checkpoints of its own, in these places, is to go on from one that is none of them."""
+    own = [place.resolve() for place in places]
+    others = ckpt_path != "last" and Path(ckpt_path).resolve().parent not in own
+    return others and any(any(place.glob("*.ckpt")) for place in own)
+
+
+def _given_place(config: DictConfig) -> Path:
+    """Where the command puts the last checkpoints of a training, if it trains."""
+    return Path(OmegaConf.select(config, PLACE) or Path(config.hydra.run.dir, "checkpoints"))
 
 
 def _records(directory: Path, name: str) -> dict[int, Path]:

@@ -24,7 +24,7 @@ from revnet.cli import command
 from revnet.mistakes import is_out_of_memory, leave
 from revnet.processes import rank
 from revnet.reversible import compile_branches, set_chunk_size
-from revnet.run_directory import with_saved_overrides
+from revnet.run_directory import PLACE, with_saved_overrides
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
     from pytorch_lightning import LightningDataModule, Trainer
@@ -99,7 +99,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
         raise ValueError(f"threads={cfg.threads}: give a number of threads, at least 1, or null")
     refuse_contradictions(cfg.trainer)
-    refuse_odd_monitors(cfg.callbacks)
+    refuse_odd_monitors(cfg)
     pl.seed_everything(cfg.seed, workers=True)
     torch.set_num_threads(cfg.threads or THREADS)  # an earlier job of a sweep may have set others
     data, task = build(cfg)
@@ -248,7 +248,7 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
 
 def _checkpoints(cfg: DictConfig) -> Path:
     """Where the training's last checkpoints are."""
-    return Path(OmegaConf.select(cfg, "callbacks.last.dirpath") or f"{cfg.run_dir}/checkpoints")
+    return Path(OmegaConf.select(cfg, PLACE) or f"{cfg.run_dir}/checkpoints")
 
 
 def _was_begun(cfg: DictConfig) -> bool:

@@ -497,6 +497,22 @@ def test_a_training_goes_on_in_another_directory_with_its_log(
     assert differences(*lines) == []
 
 
+def test_a_training_that_began_elsewhere_goes_on_from_where_its_checkpoints_were_put(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stopped(tmp_path / "run", capsys)
+    first, place = tmp_path / "run/checkpoints/last.ckpt", f"callbacks.last.dirpath={tmp_path}/elsewhere"
+    fault = "+callbacks.fault={_target_:tests.test_faults.Fault,batch:11,signal:SIGTERM}"
+    with pytest.warns(UserWarning, match="the choice of the best begins anew"):
+        assert train(tmp_path / "other", *TRAINING, f"ckpt_path={first}", place, fault) == 143
+    for best in (tmp_path / "other/checkpoints").glob("*.ckpt"):
+        best.unlink()
+    assert train(tmp_path / "other", "ckpt_path=last", "callbacks.fault=null") == 0
+    assert f"going on from {tmp_path}/elsewhere/last.ckpt" in " ".join(
+        (tmp_path / "other/train.log").read_text().split()
+    )
+
+
 def test_a_training_that_was_ended_early_has_ended(tmp_path: Path) -> None:
     stop = "+callbacks.stop={_target_:pytorch_lightning.callbacks.EarlyStopping,monitor:val/loss,stopping_threshold:99}"
     assert train(tmp_path / "run", *TRAINING, stop) == 0
@@ -504,8 +520,19 @@ def test_a_training_that_was_ended_early_has_ended(tmp_path: Path) -> None:
     assert steps < 18
     assert train(tmp_path / "run", "ckpt_path=last") == 0
     assert outcome(tmp_path / "run")["global_step"] == steps
-    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
-        assert train(tmp_path / "run", "ckpt_path=last", "callbacks.stop=null") == 0
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.stop.stopping_threshold=0") == 0
+    assert outcome(tmp_path / "run")["global_step"] == 18
+
+
+def test_a_training_that_was_ended_for_want_of_patience_goes_on_with_more(tmp_path: Path) -> None:
+    stop = (
+        "+callbacks.stop={_target_:pytorch_lightning.callbacks.EarlyStopping,monitor:val/loss,min_delta:9,patience:1}"
+    )
+    assert train(tmp_path / "run", *TRAINING, stop) == 0
+    assert outcome(tmp_path / "run")["global_step"] == 12
+    assert train(tmp_path / "run", "ckpt_path=last") == 0
+    assert outcome(tmp_path / "run")["global_step"] == 12
+    assert train(tmp_path / "run", "ckpt_path=last", "callbacks.stop.patience=5") == 0
     assert outcome(tmp_path / "run")["global_step"] == 18
 
 

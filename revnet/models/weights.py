@@ -89,7 +89,7 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     network = getattr(network, "_orig_mod", network)
     held, file = _open(path)
     weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    there, here = file.metadata().get("normalisation", ""), _normalisation(network)
+    there, here = _one_name(file.metadata().get("normalisation", "")), _normalisation(network)
     if there and here and there != here:
         raise _misfit(path, held, network, f"{there} behind the first convolution, here {here}")
     try:
@@ -133,8 +133,12 @@ def _normalisation(network: nn.Module) -> str:
     """What the first normalisation of a network computes, in words that no version of torch changes."""
     first = getattr(network, "bn1", None)
     settings = [f"{name}={getattr(first, name)}" for name in ("num_groups", "eps") if hasattr(first, name)]
-    kind = re.sub("SyncBatchNorm|FrozenBatchNorm2d", "BatchNorm2d", type(first).__name__)
-    return "" if first is None else f"{kind}({', '.join(settings)})"
+    return "" if first is None else _one_name(f"{type(first).__name__}({', '.join(settings)})")
+
+
+def _one_name(normalisation: str) -> str:
+    """Of batch normalisations that compute the same in evaluation mode."""
+    return re.sub("SyncBatchNorm|FrozenBatchNorm2d", "BatchNorm2d", normalisation)
 
 
 def _safetensors() -> Any:

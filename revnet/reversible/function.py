@@ -220,10 +220,11 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
 
 def _check_all_in_branches(layer: Coupling, evaluations: list[Evaluation]) -> None:
     """TypeError where the parameters of a layer and those of its branches are not the same."""
-    own = {id(p) for module in modules_in(layer) for _, p in parameters_of(module)}
+    modules = set(modules_in(layer))
+    own = {id(p) for module in modules for _, p in parameters_of(module)}
     for evaluation in evaluations:
         for owner, name, parameter, needs_grad in evaluation.parameters:
-            if needs_grad and id(parameter) not in own:
+            if needs_grad and owner not in modules and id(parameter) not in own:
                 raise TypeError(
                     f"parameter {name!r} of {type(owner).__name__}, in a branch of {type(layer).__name__}, is not "
                     f"registered there, so it would get no gradient; register the module that holds it (in an "

@@ -29,8 +29,10 @@ def invert(layer: nn.Module) -> nn.Module:
         >>> invert(Split())(torch.randn(2, 3), torch.randn(2, 3)).shape
         torch.Size([2, 6])
     """
-    if isinstance(getattr(type(layer), "inv", None), property):  # of a sequence, or of an inverted layer
-        return layer.inv  # type: ignore[return-value]
+    if isinstance(getattr(type(layer), "inv", None), property):
+        known = layer.inv
+        if isinstance(known, nn.Module):  # of a sequence, or of an inverted layer
+            return known
     if isinstance(layer, Coupling):
         return _InvertedCoupling(layer)
     check_invertible(layer)

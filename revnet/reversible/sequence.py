@@ -318,7 +318,8 @@ class ReversibleSequence(nn.Sequential):
             plan = ["store"] * len(plan)
         else:
             self._errors.clear()
-            self._inspected.intersection_update(self)  # a layer that was replaced may go
+            if not torch.compiler.is_compiling():
+                self._inspected.intersection_update(self)  # a layer that was replaced may go
             self.watch.judge_arrived()
             if getattr(self, "_is_replica", False) and set(plan) != {"store"}:
                 raise ValueError(

@@ -73,6 +73,9 @@ class Continuation(Callback):
     ) -> None:
         """Take the state out of a checkpoint."""
         self._loaded = checkpoint.get(KEY, {})
+        for early in trainer.early_stopping_callbacks:  # Lightning would take the patience of before for this one
+            if early.state_key in checkpoint["callbacks"]:
+                checkpoint["callbacks"][early.state_key]["patience"] = early.patience
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
                 _follow(checkpoint["callbacks"].get(callback.state_key), Path(callback.dirpath))
@@ -96,7 +99,8 @@ class Continuation(Callback):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
                     callback.best_model_path = ""
-        trainer.should_stop |= any(map(_has_stopped, trainer.early_stopping_callbacks))
+        metrics = trainer.callback_metrics
+        trainer.should_stop |= any(_has_stopped(c, metrics.get(c.monitor)) for c in trainer.early_stopping_callbacks)
         loaded, self._loaded = self._loaded, {}
         own = _own(loaded["processes"], trainer)
         _reopen_loader(trainer.fit_loop)
@@ -144,15 +148,22 @@ def in_mid_epoch(trainer: pl.Trainer) -> bool:
     return bool(epoch.processed < epoch.ready)  # type: ignore[attr-defined]
 
 
-def _has_stopped(callback: EarlyStopping) -> bool:
-    """Whether it had ended the training when the checkpoint was written, and would still: patience may be given more.
+def _has_stopped(callback: EarlyStopping, metric: torch.Tensor | None) -> bool:
+    """Whether it had ended the training when the checkpoint was written, and would still, with the settings of now.
 
     Lightning keeps why, and takes another epoch all the same.
     """
-    reason = callback.stopping_reason
-    if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
-        return callback.wait_count >= callback.patience
-    return reason != EarlyStoppingReason.NOT_STOPPED
+    stop, diverged = callback.stopping_threshold, callback.divergence_threshold
+    match callback.stopping_reason:
+        case EarlyStoppingReason.NOT_STOPPED:
+            return False
+        case EarlyStoppingReason.PATIENCE_EXHAUSTED:
+            return callback.wait_count >= callback.patience
+        case EarlyStoppingReason.STOPPING_THRESHOLD if metric is not None:
+            return stop is not None and bool(callback.monitor_op(metric, torch.tensor(stop)))
+        case EarlyStoppingReason.DIVERGENCE_THRESHOLD if metric is not None:
+            return diverged is not None and bool(callback.monitor_op(-metric, torch.tensor(-diverged)))
+    return True
 
 
 def _follow(state: dict[str, Any] | None, directory: Path) -> None:

@@ -134,8 +134,9 @@ class DriftGuard(Callback):
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the sequences their own thresholds back."""
+        """Give the sequences their own thresholds back, and keep the errors for a checkpoint that is to come."""
         self._clip_again(trainer)
+        self._largest = self._errors()
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,13 +144,7 @@ class DriftGuard(Callback):
 
         (Of several processes those of the first, whose state a checkpoint keeps.)
         """
-        watches = {name: sequence.watch for name, (sequence, _) in self._guarded.items()}
-        largest = {
-            name: float(watch.largest)
-            for name, watch in watches.items()
-            if isinstance(watch, _FallBackWatch) and watch.largest is not None
-        }
-        return {"fallen_back": list(self.fallen_back), "largest": largest}
+        return {"fallen_back": list(self.fallen_back), "largest": self._errors() if self._guarded else self._largest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -178,6 +173,15 @@ class DriftGuard(Callback):
         values = trainer.strategy.reduce(errors, reduce_op="max").tolist()
         pairs = zip(watches.items(), values, strict=True)
         return {name: error for (name, watch), error in pairs if error > watch.fall_back_above}
+
+    def _errors(self) -> dict[str, float]:
+        """Those since the last optimizer step, by name."""
+        watches = {name: sequence.watch for name, (sequence, _) in self._guarded.items()}
+        return {
+            name: float(watch.largest)
+            for name, watch in watches.items()
+            if isinstance(watch, _FallBackWatch) and watch.largest is not None
+        }
 
     def _clip_again(self, trainer: pl.Trainer) -> None:
         if self._clip_val is not None:

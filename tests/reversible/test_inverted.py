@@ -202,6 +202,11 @@ def test_a_part_called_inv_is_no_inverse():
             super().__init__()
             self.inv = nn.Identity()
 
-    sequence = ReversibleSequence([WithInv()])
-    x = torch.randn(2, 3)
-    torch.testing.assert_close(sequence.inv(sequence(x)), x)
+    class WithProperty(Twice):
+        @property
+        def inv(self):
+            return torch.eye(2)
+
+    for layer in (WithInv(), WithProperty()):
+        sequence, x = ReversibleSequence([layer]), torch.randn(2, 3)
+        torch.testing.assert_close(sequence.inv(sequence(x)), x)

@@ -569,3 +569,17 @@ def test_a_branch_that_the_coupling_has_not_registered(halves):
     blocks = [ReversibleBlock(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), Unregistered()]
     with pytest.raises(TypeError, match=r"'weight' of Conv2d, in a branch of Unregistered, .*nn\.ModuleList"):
         ReversibleSequence(blocks)(*halves)
+
+
+def test_a_buffer_with_a_gradient_that_a_branch_replaces_is_registered(halves):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(4, 1, 1, requires_grad=True))
+
+        def forward(self, x):
+            self.scale = self.scale * 2
+            return x * self.scale
+
+    y1, y2 = ReversibleSequence([ReversibleBlock(Scaled(), Scaled())], exact=False)(*halves)
+    (y1.sum() + y2.sum()).backward()

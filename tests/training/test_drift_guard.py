@@ -164,25 +164,34 @@ def test_one_of_the_accumulated_batches_is_enough(fit: Fit, gains: tuple[float, 
     assert course.activations[-1] == ["reconstruct", "store"]
 
 
-def test_what_an_accumulated_batch_has_found_is_kept_over_a_stop(fit: Fit) -> None:
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_exception"])
+def test_what_an_accumulated_batch_has_found_is_kept_over_a_stop(fit: Fit, hook: str) -> None:
     states: list[dict[str, Any]] = []
 
-    class Save(pl.Callback):
+    class Stop(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
-            states.append(copy.deepcopy(first.state_dict()))
+            self.save("on_train_batch_end")
+            raise InterruptedError
+
+        def on_exception(self, *args: Any) -> None:
+            self.save("on_exception")
+
+        def save(self, place: str) -> None:
+            states.extend([copy.deepcopy(first.state_dict())] if place == hook else [])
 
     first, again = DriftGuard(fall_back_above=0.1), DriftGuard(fall_back_above=0.1)
-    with warned():
-        gains = Course(EXPLODES, CALM, CALM, CALM)
-        fit(classifier(), callbacks=[first, gains, Save()], max_epochs=1, accumulate_grad_batches=2)
-    assert states[0]["largest"]["body.1"] > 0.1
-    assert states[1] == {"fallen_back": ["body.1"], "largest": {}}
-    again.load_state_dict(states[0])
+    settings: Any = {"max_epochs": 1, "accumulate_grad_batches": 2}
+    with pytest.raises(InterruptedError):
+        fit(classifier(), callbacks=[first, Course(*[EXPLODES] * 4), Stop()], **settings)
+    (state,) = states
+    assert state["largest"]["body.1"] > 0.1
+    again.load_state_dict(state)
     course = Course(*[CALM] * 4)
     with warned() as messages:
-        fit(classifier(), callbacks=[again, course], max_epochs=1, accumulate_grad_batches=2)
+        fit(classifier(), callbacks=[again, course], **settings)
     assert [bool(re.search(r"step 1 is not applied", message)) for message in messages] == [True]
     assert course.changes() == [NEITHER, NEITHER, NEITHER, BOTH]
+    assert again.state_dict() == {"fallen_back": ["body.1"], "largest": {}}
 
 
 @pytest.mark.parametrize("gain", [math.nan, math.inf])
