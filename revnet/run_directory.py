@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["KeepRuns", "forget", "with_saved_overrides"]
+__all__ = ["KeepRuns", "checkpoints_of", "forget", "with_saved_overrides"]
 
 
 PLACE = "callbacks.last.dirpath"  # of the last checkpoints of a training
@@ -56,11 +56,11 @@ class KeepRuns(Callback):
             there = (directory / config.hydra.output_subdir).is_dir() if config.hydra.output_subdir else False
             resume = ", or go on with the run there: ckpt_path=last" if there else ""
             self._refuse(config, directory, f"choose another run_dir{resume}")
-        elif _is_of_another_run(config.ckpt_path, directory / "checkpoints", _given_place(config)):
+        elif _is_of_another_run(config.ckpt_path, directory / "checkpoints", checkpoints_of(config, directory)):
             self._refuse(config, directory, f"go on from {config.ckpt_path} in another run_dir")
         elif config.hydra.output_subdir is not None:
             earlier = _records(directory, config.hydra.output_subdir)
-            if earlier and not _held(earlier[min(earlier)]):
+            if earlier and not _lock(earlier[min(earlier)]):
                 line = f"the run in {directory} still goes on: wait for its end, or stop it"
                 leave(config.hydra.job.config_name, line, status=2)
             with read_write(config.hydra):
@@ -72,7 +72,7 @@ class KeepRuns(Callback):
             with self._claiming(config, directory):
                 record.mkdir(parents=True)
             if not earlier:
-                _held(record)
+                _lock(record)
         agree(str(directory))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -105,7 +105,7 @@ class KeepRuns(Callback):
             leave(config.hydra.job.config_name, line, status=2)
 
 
-def _held(record: Path) -> bool:
+def _lock(record: Path) -> bool:
     """Whether this process has a run's first record to itself, from now on until it ends, however it ends.
 
     A lock of the system's, which the processes of a loader do not inherit. Where there is none, nobody is kept off.
@@ -122,6 +122,11 @@ def _held(record: Path) -> bool:
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def checkpoints_of(config: DictConfig, directory: str | os.PathLike[str]) -> Path:
+    """Where the training of a configuration puts its last checkpoints, if not into `checkpoints` of its directory."""
+    return Path(OmegaConf.select(config, PLACE) or Path(directory, "checkpoints"))
 
 
 def with_saved_overrides(arguments: list[str]) -> list[str]:
@@ -201,11 +206,6 @@ def _is_of_another_run(ckpt_path: str, *places: Path) -> bool:
     own = [place.resolve() for place in places]
     others = ckpt_path != "last" and Path(ckpt_path).resolve().parent not in own
     return others and any(any(place.glob("*.ckpt")) for place in own)
-
-
-def _given_place(config: DictConfig) -> Path:
-    """Where the command puts the last checkpoints of a training, if it trains."""
-    return Path(OmegaConf.select(config, PLACE) or Path(config.hydra.run.dir, "checkpoints"))
 
 
 def _records(directory: Path, name: str) -> dict[int, Path]:

@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from revnet.cli import command
 from revnet.mistakes import is_out_of_memory, leave
 from revnet.processes import rank
 from revnet.reversible import compile_branches, set_chunk_size
-from revnet.run_directory import PLACE, with_saved_overrides
+from revnet.run_directory import checkpoints_of, with_saved_overrides
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
     from pytorch_lightning import LightningDataModule, Trainer
@@ -109,10 +108,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
         set_chunk_size(task.network, cfg.chunk_size)
     ckpt_path = cfg.ckpt_path
     if ckpt_path == "last":
-        found = newest_checkpoint(_checkpoints(cfg))
-        if found is None and any(_checkpoints(cfg).glob("*.ckpt")):
+        checkpoints = checkpoints_of(cfg, cfg.run_dir)
+        found = newest_checkpoint(checkpoints)
+        if found is None and any(checkpoints.glob("*.ckpt")):
             raise ValueError(
-                f"ckpt_path=last: no checkpoint in {_checkpoints(cfg)} can be read and gone on from; remove them to "
+                f"ckpt_path=last: no checkpoint in {checkpoints} can be read and gone on from; remove them to "
                 f"begin again, or give another run_dir"
             )
         ckpt_path = None if found is None else str(found)
@@ -246,16 +246,11 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
         raise ValueError(out_of_memory(network, shape, cfg.trainer.precision, optimizer, memory, held)) from error
 
 
-def _checkpoints(cfg: DictConfig) -> Path:
-    """Where the training's last checkpoints are."""
-    return Path(OmegaConf.select(cfg, PLACE) or f"{cfg.run_dir}/checkpoints")
-
-
 def _was_begun(cfg: DictConfig) -> bool:
     """Whether a job of a sweep has been here before, as one that a cluster starts again."""
     from revnet.training import newest_checkpoint, read_checkpoint
 
-    found = newest_checkpoint(_checkpoints(cfg))
+    found = newest_checkpoint(checkpoints_of(cfg, cfg.run_dir))
     config = {} if found is None else read_checkpoint(found).get("config") or {}
     return bool(config) and _agree(config, OmegaConf.to_container(cfg, resolve=True))
 

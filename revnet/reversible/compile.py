@@ -26,7 +26,7 @@ def compile_branches(module: nn.Module, **options: Any) -> None:
         options: of `torch.compile`. With `dynamic=False` every size of a batch is compiled for itself.
 
     The first step compiles and takes minutes for a large network. Measure whether it pays: on the CPU measured,
-    compiled branches took 8 to 12 % longer than eager ones; on a GPU it has not been measured. Do not compile the whole
+    compiled branches took 8 to 9 % longer than eager ones; on a GPU it has not been measured. Do not compile the whole
     network as well: a sequence that keeps no activations is no part of a compiled graph.
 
     Raises:

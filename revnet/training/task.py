@@ -91,10 +91,7 @@ class Task(pl.LightningModule):
             _change(self.trainer.optimizers[0], schedules, then["groups"], self._settings["groups"])
             for schedule in schedules:
                 if isinstance(schedule, LambdaLR):
-                    for group, rate, factor in zip(
-                        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-                    ):
-                        group["lr"] = rate * factor(schedule.last_epoch)
+                    _take_rates(schedule)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the settings that the optimizer was made with."""
@@ -134,6 +131,13 @@ def _change(
             group["lr"] = group["lr"] * after["lr"] / before["lr"] if before["lr"] else after["lr"]
             for schedule in schedules:
                 schedule.base_lrs[index] = group["initial_lr"] = after["lr"]
+
+
+def _take_rates(schedule: LambdaLR) -> None:
+    """Sets the rates of its place, which the checkpoint has of a schedule of another length perhaps."""
+    groups = schedule.optimizer.param_groups
+    for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(schedule.last_epoch)
 
 
 def _make(what: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
