@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -30,7 +30,7 @@ __all__ = ["KeepRuns", "checkpoints_of", "forget", "with_saved_overrides"]
 
 PLACE = "callbacks.last.dirpath"  # of the last checkpoints of a training
 
-_locks: list[IO[str]] = []  # held by this process: none or one
+_locks: list[int] = []  # file descriptors that this process holds to its end: none or one
 _before: dict[str, set[Path]] = {}
 """What was there, of a run's directory and in it, before the run."""
 
@@ -111,11 +111,11 @@ def _lock(record: Path) -> bool:
     A lock of the system's, which the processes of a loader do not inherit. Where there is none, nobody is kept off.
     """
     while _locks:  # of an earlier run of this process
-        _locks.pop().close()
+        os.close(_locks.pop())
     if fcntl is None:
         return True
     with suppress(OSError):  # of a directory that cannot be written, of which Hydra will speak
-        _locks.append((record / "lock").open("w"))
+        _locks.append(os.open(record / "lock", os.O_RDWR | os.O_CREAT, 0o666))
     try:
         for file in _locks:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
