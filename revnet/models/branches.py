@@ -139,7 +139,8 @@ class BasicBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
-            x = self.relu(as_convolved(self.bn1(x)))
+            h = as_convolved(self.bn1(x))
+            x = relu(h) if h is x else self.relu(h)
         x = self.conv1(x)
         return self.conv2(self.relu(self.bn2(x)))
 
@@ -194,8 +195,8 @@ class BottleneckBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
             # The pixels that the convolution passes over are dropped ahead of the ReLU, which then keeps so much less.
-            x = as_convolved(self.bn1(x))
-            x = self.relu(x) if self.stride == 1 else relu(subsample(x, self.stride))
+            h = as_convolved(self.bn1(x))
+            x = self.relu(h) if self.stride == 1 and h is not x else relu(subsample(h, self.stride))
         else:
             x = subsample(x, self.stride)
         x = self.conv1(x)

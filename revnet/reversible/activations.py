@@ -71,5 +71,9 @@ def _under_recompute(before: nn.Module | None, layer: nn.Module) -> str:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer is an additive coupling and nothing besides."""
     return type(layer) is AdditiveCoupling and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
     )

@@ -228,7 +228,7 @@ class Coupling(nn.Module):
         """Output and log-determinant of shape (B,), or None where it is exactly 0."""
         state, log_det = [x1, x2], None
         for step in self.moves():
-            h = evaluate(step.branch, state[1 - step.moved], context, step)
+            h = evaluate(step.branch, state[1 - step.moved], context, self, step)
             state[step.moved], term = step.rule.move(state[step.moved], h)
             if term is not None:
                 log_det = term if log_det is None else log_det + term

@@ -57,6 +57,7 @@ class _Local(threading.local):
 
     recomputing = False
     tape: list[tuple[Any, Evaluation]] | None = None
+    recorded: nn.Module | None = None
     sampling = False
     random: tuple[Tensor, ...] = ()
 
@@ -180,8 +181,18 @@ class Evaluation:
                 if id(parameter) not in aliases:
                     aliases[id(parameter)] = _alias(parameter, needs_grad)
                 table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+                if name not in table:
+                    raise RuntimeError(
+                        f"parameter {name!r} of {type(owner).__name__} in a reversible sequence was removed between "
+                        f"the forward and the backward pass; remove it after the backward pass"
+                    )
                 restore.append((table, name, table[name]))
                 table[name] = aliases[id(parameter)]
+            for owner in self.owners:
+                if isinstance(owner, nn.RNNBase):
+                    for name, own in _lists_of_weights(owner, aliases).items():
+                        restore.append((owner.__dict__, name, owner.__dict__[name]))
+                        owner.__dict__[name] = own
             replaced = {id(alias) for alias in aliases.values()}
             # Of a buffer that something else replaced since, or functional_call for its duration, the one of that time.
             earlier = {(id(owner), name): value for owner, name, value, _ in self.unchanged}
@@ -207,6 +218,7 @@ class Evaluation:
                     restore.append((owner._buffers, name, value))
                     if then is not None and id(then) not in copies:
                         copies[id(then)] = then.clone()
+                        copies[id(then)].__dict__.update(then.__dict__)
                     owner._buffers[name] = None if then is None else copies[id(then)]
             yield aliases
         finally:
@@ -220,6 +232,13 @@ class Evaluation:
         """Random generators and autocast as they were during the first evaluation; None: autocast is as it was."""
         surrounded = nullcontext() if autocast is None else autocast.restored()
         return _random_replayed(self.random, self.device, surrounded)
+
+
+def _lists_of_weights(module: nn.RNNBase, aliases: dict[int, Tensor]) -> dict[str, list[Any]]:
+    """Those that a recurrent layer keeps: finding them out of date, on CUDA it moves its weights to other memory."""
+    weights = [aliases.get(id(weight), weight) for weight in module._flat_weights]
+    references = [None if weight is None else weakref.ref(weight) for weight in weights]
+    return {"_flat_weights": weights, "_flat_weight_refs": references}
 
 
 def _alias(parameter: Tensor, needs_grad: bool) -> Tensor:
@@ -355,10 +374,13 @@ def _is_real(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type != "meta"
 
 
-def evaluate(branch: nn.Module, x: Tensor, context: Any = None, step: Any = None) -> Any:
-    """Evaluates the residual branch of a step; inside `recording()` it also notes what a second evaluation needs."""
+def evaluate(branch: nn.Module, x: Tensor, context: Any, layer: Any = None, step: Any = None) -> Any:
+    """Evaluates the residual branch of a step; inside `recording(layer)` it also notes what a second evaluation needs.
+
+    Another layer's, or an inverse, may run in there too, in a hook of the layer.
+    """
     tape = _local.tape
-    if tape is None:
+    if tape is None or layer is not _local.recorded:
         return call(branch, x, context)
     result, evaluation = observe(branch, (x,), lambda x: call(branch, x, context))
     tape.append((step, evaluation.sampled(as_state(result, branch)) if _local.sampling else evaluation))
@@ -366,13 +388,14 @@ def evaluate(branch: nn.Module, x: Tensor, context: Any = None, step: Any = None
 
 
 @contextmanager
-def recording(sampling: bool = False) -> Iterator[list[tuple[Any, Evaluation]]]:
-    """Collects the steps taken inside, in order, with the `Evaluation` of each one's branch.
+def recording(layer: nn.Module, sampling: bool = False) -> Iterator[list[tuple[Any, Evaluation]]]:
+    """Collects the steps that `layer` takes inside, in order, with the `Evaluation` of each one's branch.
 
     `sampling`: with a sample of its result.
     """
-    outer, _local.tape, _local.sampling = (_local.tape, _local.sampling), [], sampling
+    outer = _local.tape, _local.recorded, _local.sampling
+    _local.tape, _local.recorded, _local.sampling = [], layer, sampling
     try:
         yield _local.tape
     finally:
-        _local.tape, _local.sampling = outer
+        _local.tape, _local.recorded, _local.sampling = outer

@@ -81,7 +81,10 @@ class _ReversibleFunction(torch.autograd.Function):
                 state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
             elif isinstance(layer, Coupling):
                 _check_hooks(layer)
-                with recording(job.run.tolerance is not None) as evaluated, _unchanged_by_hooks(layer, state):
+                with (
+                    recording(layer, job.run.tolerance is not None) as evaluated,
+                    _unchanged_by_hooks(layer, state, context),
+                ):
                     state, log_det = apply_layer(layer, state, context, log_det, job.run.exact)
                 if layer not in job.run.inspected:
                     _check_all_in_branches(layer, [evaluation for _, evaluation in evaluated])
@@ -103,6 +106,9 @@ class _ReversibleFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_inference_mode_enabled():  # in which nothing has a graph, whatever the grad mode
+            with torch.inference_mode(False), torch.no_grad():
+                return _ReversibleFunction.backward(ctx, *grad_outputs)
         grads: list[Tensor | None] = grad_outputs[0] if _BOXED else list(grad_outputs)
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -194,7 +200,7 @@ def _check_hooks(layer: Coupling) -> None:
 
 
 @contextmanager
-def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
+def _unchanged_by_hooks(layer: Coupling, state: State, context: Any) -> Iterator[None]:
     """ValueError if forward hooks of the layer put something in the place of its input or output.
 
     It would be missing where the layer is undone, step by step.
@@ -204,13 +210,15 @@ def _unchanged_by_hooks(layer: Coupling, state: State) -> Iterator[None]:
         return
     seen: dict[str, Any] = {}
     with (
-        layer.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs)),
+        layer.register_forward_pre_hook(
+            lambda _, inputs, named: seen.update(inputs=(*inputs, named.get("context"))), with_kwargs=True
+        ),
         layer.register_forward_hook(lambda _, __, output: seen.update(output=output), prepend=True),
         layer.register_forward_hook(lambda _, __, output: seen.update(returned=output)),
     ):
         yield
     # Empty where a log-determinant is asked for: hooks do not run then.
-    pairs = [(seen["inputs"], state), (seen["output"], seen["returned"])] if seen else []
+    pairs = [(seen["inputs"], (*state, context)), (seen["output"], seen["returned"])] if seen else []
     if any(a is not b for found, given in pairs for a, b in zip(found, given, strict=True)):
         raise ValueError(
             f"a forward hook of {type(layer).__name__} changes its input or output, which could not be undone where "

@@ -170,6 +170,11 @@ class Replay:
             if gradient is not None:
                 known = self.sums.get(key)
                 self.sums[key] = _alone(gradient) if known is None else _plus(gradient, known)
+        for key, alias in shared:  # what a backward pass inside of a Function of the branch's own has left there
+            if alias.grad is not None:
+                known = self.sums.get(key)
+                self.sums[key] = alias.grad if known is None else _plus(known, alias.grad)
+                alias.grad = None
         return products
 
 

@@ -47,6 +47,7 @@ class Run:
         unique = list({id(p): p for module in modules for _, p in parameters_of(module)}.values())
         if any(type(p) not in (nn.Parameter, Tensor) for p in unique):
             _check_materialised(self)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_unsharded(self)
         return unique
 
@@ -65,8 +66,9 @@ class Run:
                     for name, p in (*layer.named_parameters(str(index)), *layer.named_buffers(str(index)))
                     if p is parameter
                 ]
+                which = f"parameter {', '.join(named)}" if named else "a former parameter"
                 raise RuntimeError(
-                    f"parameter {', '.join(named)} of a reversible sequence was changed in place between the forward "
+                    f"{which} of a reversible sequence was changed in place between the forward "
                     f"and the backward pass; change it after the backward pass (the optimizer's step too)"
                 )
 
@@ -132,8 +134,6 @@ def _check_materialised(run: Run) -> None:
 
 
 def _check_unsharded(run: Run) -> None:
-    if not torch.distributed.is_available():
-        return
     from torch.distributed.fsdp import FSDPModule
 
     for name, module in run.named_modules():

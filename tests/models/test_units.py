@@ -1,12 +1,14 @@
 """The units at the border of two stages."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import conv2d
 from torch.nn.modules.module import register_module_forward_hook
 
-from revnet.models import revnet18, revnet38
+from revnet.models import get_model, revnet18, revnet38
 from revnet.models.branches import BasicBranch, BottleneckBranch
 from revnet.models.units import PointwiseShortcut, PoolPadShortcut, TransitionUnit
 from revnet.profiling import MemoryTimeline
@@ -68,6 +70,17 @@ def test_a_branch_of_ones_own_may_end_in_anything(last):
         for pair in ((y1, z), expected)
     )
     assert all(map(torch.allclose, found, wanted))
+
+
+@pytest.mark.parametrize("name", ["resnet32", "resnet164"])
+def test_a_normalisation_that_returns_its_input_leaves_the_shortcut_s_alone(name):
+    network = get_model(name, norm_layer=lambda _: nn.Identity()).eval()
+    plain = copy.deepcopy(network)
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(network(x), plain(x))
 
 
 def test_a_hook_on_all_modules_sees_what_they_return():

@@ -134,6 +134,15 @@ def whole(parameter):
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
+def fsdp_branch_behind_an_evaluation(activations):
+    net = network(activations, True)
+    fully_shard(net.body[2].g, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    x = batches(1, torch.float32)[0, distributed.get_rank()]
+    with torch.no_grad():
+        net.body[2].g(torch.randn(4, 4, 6, 6))
+    net(x)
+
+
 def fsdp_deviates(activations, exact, sharded, reshard):
     """The error of the gradients in the third step of training with sharded parameters."""
     rank, data = distributed.get_rank(), batches(3, torch.float64)
@@ -165,6 +174,12 @@ def test_fsdp_shards_a_sequence_or_a_network(together, activations, exact, shard
 def test_fsdp_of_a_branch_inside_a_sequence_is_refused_with_the_remedy(together, activations, exact):
     with pytest.raises(ValueError, match=r"2\.g of a reversible sequence was given to fully_shard.*whole sequence"):
         together(fsdp_deviates, activations, exact, "branch", True)
+
+
+@pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
+def test_fsdp_of_a_branch_is_refused_while_its_parameters_are_whole(together, activations):
+    with pytest.raises(ValueError, match=r"2\.g of a reversible sequence was given to fully_shard.*whole sequence"):
+        together(fsdp_branch_behind_an_evaluation, activations)
 
 
 @EXACT

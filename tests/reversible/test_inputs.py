@@ -146,6 +146,17 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_bit_equal(activatio
     assert torch.equal(y, truth)
 
 
+@EXACT
+def test_backward_under_inference_mode_gives_the_gradients_of_store(exact, x):
+    found, truth = (sequence(activations, exact=exact) for activations in ("reconstruct", "store"))
+    for net in (found, truth):
+        loss = net(x).square().mean()
+        with torch.inference_mode():
+            loss.backward()
+    errors = [(p.grad - q.grad).abs().max() for p, q in zip(found.parameters(), truth.parameters(), strict=True)]
+    assert max(errors) <= (0 if exact else 1e-10)
+
+
 @MODES
 def test_backward_in_eval_mode_gives_the_gradients_of_store(activations, exact, x):
     (y, truth), (z, found) = (step(sequence(value, exact=exact).eval(), x) for value in ("store", activations))

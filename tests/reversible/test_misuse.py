@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from revnet import AdditiveCoupling, AffineCoupling, ReversibleBlock, ReversibleSequence, set_activations
 from revnet.reversible import Coupling, Merge, Split, Step
@@ -476,6 +477,29 @@ def test_a_coupling_that_does_more_than_its_steps_is_refused(halves):
         ReversibleSequence([penalised])(*halves.requires_grad_())
     with pytest.raises(TypeError, match="AdditiveCoupling has a `forward` of its own"):
         ReversibleSequence([replaced])(*halves)
+
+
+def test_a_parameter_that_is_removed_between_the_passes_is_named(halves):
+    branch = prune.identity(nn.Linear(6, 6), "weight")
+    outputs = ReversibleSequence([AdditiveCoupling(branch)])(*halves)
+    prune.remove(branch, "weight")
+    with pytest.raises(RuntimeError, match=r"parameter 'weight_orig' of Linear .* was removed between the forward and"):
+        outputs[0].sum().backward()
+
+
+class Plain(nn.Module):
+    """Has no inverse."""
+
+    def forward(self, x1, x2):
+        return 1 * x1, 1 * x2
+
+
+def test_a_coupling_with_a_forward_put_in_place_behind_a_transition_is_recomputed(halves):
+    coupling = AdditiveCoupling(nn.Linear(6, 6))
+    coupling.forward = lambda x1, x2, context=None: (2 * x1, x2)
+    outputs = ReversibleSequence([Plain(), coupling], "recompute", exact=False)(*halves.requires_grad_())
+    outputs[0].sum().backward()
+    assert torch.equal(halves.grad[0], torch.full_like(halves[0], 2))
 
 
 class Unfreezes(nn.Linear):

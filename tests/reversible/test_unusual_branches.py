@@ -180,6 +180,16 @@ def test_what_a_custom_function_keeps_is_not_taken_for_a_hidden_tensor(activatio
     assert_as_store(Branch, activations, exact)
 
 
+class TimesContext(nn.Linear):
+    """Scaled by the context, if there is any."""
+
+    def __init__(self):
+        super().__init__(C, C, dtype=torch.float64)
+
+    def forward(self, x, context=None):
+        return super().forward(x) if context is None else super().forward(x) * context
+
+
 @EXACT
 @pytest.mark.parametrize(
     "register",
@@ -187,14 +197,17 @@ def test_what_a_custom_function_keeps_is_not_taken_for_a_hidden_tensor(activatio
         lambda block: block.register_forward_hook(lambda _, __, output: (output[0].detach(), output[1])),
         lambda block: block.register_forward_hook(lambda _, __, output: tuple(0.999 * y for y in output)),
         lambda block: block.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), inputs[1])),
+        lambda block: block.register_forward_pre_hook(lambda _, x, named: (x, {"context": None}), with_kwargs=True),
     ],
-    ids=["detaches the output", "scales the output", "detaches the input"],
+    ids=["detaches the output", "scales the output", "detaches the input", "takes the context away"],
 )
 def test_a_forward_hook_that_changes_a_reconstructed_block_is_refused(exact, register):
     network = blocks_of(linear, "reconstruct", exact)
     register(network[1])
+    for block in network:
+        block.f, block.g = TimesContext(), TimesContext()
     with pytest.raises(ValueError, match=r"forward hook of ReversibleBlock changes its input or output.*recompute"):
-        network(*halves())
+        network(*halves(), context=torch.ones(C, dtype=torch.float64))
 
 
 @EXACT
@@ -205,6 +218,24 @@ def test_a_forward_hook_that_looks_on_is_welcome(exact):
     found = gradients(network, [x.detach().requires_grad_() for x in inputs])
     assert seen == [(4, C)]
     assert same(found, gradients(blocks_of(linear, "store", exact), inputs), exact)
+
+
+@EXACT
+def test_hooks_of_a_block_may_run_its_inverse_and_other_blocks(exact):
+    network, errors = blocks_of(linear, "reconstruct", exact), []
+    (other,) = blocks_of(linear, "store", exact, 1)
+    other.requires_grad_(False)
+
+    def invert(block, inputs, outputs):
+        other(*outputs)
+        errors.extend((x - y).abs().max() for x, y in zip(inputs, block.inverse(*outputs), strict=True))
+
+    network[0].register_forward_hook(invert)
+    network[1].register_forward_pre_hook(lambda block, inputs: invert(block, block.inverse(*inputs), inputs))
+    inputs = halves()
+    found = gradients(network, [x.detach().requires_grad_() for x in inputs])
+    assert same(found, gradients(blocks_of(linear, "store", exact), inputs), exact)
+    assert max(errors) < 1e-12
 
 
 def test_a_coupling_with_a_forward_of_its_own_is_refused_where_it_would_be_reconstructed():
@@ -272,7 +303,7 @@ class Memory(nn.Module):
 
 
 class Annotated(nn.Module):
-    """Reads attributes of its parameters, as quantised layers do."""
+    """Reads attributes of its parameters and of a buffer, as quantised layers do."""
 
     def __init__(self):
         super().__init__()
@@ -280,14 +311,46 @@ class Annotated(nn.Module):
         self.frozen.weight.requires_grad_(False)
         self.frozen.weight.scale = 0.5
         self.trained.weight.scale = 0.25
+        self.register_buffer("mask", torch.ones(C, dtype=torch.float64))
+        self.mask.scale = 0.75
 
     def forward(self, x):
+        x = x.tanh() * self.mask * getattr(self.mask, "scale", 1)
         h = F.linear(x, self.frozen.weight * self.frozen.weight.scale)
         return F.linear(h, self.trained.weight * self.trained.weight.scale).tanh()
 
 
+class RecomputesItself(torch.autograd.Function):
+    """Evaluates its module again in its backward pass, whose gradients go straight to `.grad`."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.module(x)
+        y.backward(gradient)
+        return x.grad, None
+
+
+class OwnCheckpoint(nn.Module):
+    """Uses one of its weights outside of its checkpoint, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = linear(), linear()
+
+    def forward(self, x):
+        return self.outer(RecomputesItself.apply(self.inner(x).tanh(), self.outer)).sin()
+
+
 @MODES
-@pytest.mark.parametrize("branch", [SharedBuffer, FilledAtFirst, Annotated, Memory])
+@pytest.mark.parametrize("branch", [SharedBuffer, FilledAtFirst, Annotated, Memory, OwnCheckpoint])
 def test_gradients_of_unusual_branches_are_those_of_store(activations, exact, branch):
     assert_as_store(branch, activations, exact)
 
@@ -378,6 +441,23 @@ def test_an_lstm_is_evaluated_as_where_it_gives_gradients(activations):
         for value in (activations, "store")
     )
     assert same(found, truth, exact=True)
+
+
+@pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
+def test_a_recurrent_layer_finds_the_weights_that_it_has_listed(activations, monkeypatch):
+    """Else it lists them anew, and moves them to other memory on CUDA."""
+
+    class Recurrent(nn.GRU):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    network = blocks_of(lambda: Recurrent(C, C), activations, True)
+    anew = []
+    monkeypatch.setattr(nn.GRU, "_init_flat_weights", anew.append)
+    for _ in range(2):
+        loss(network(*torch.randn(2, 4, 5, C))).backward()
+    assert anew == []
+    assert all(a is b for a, b in zip(network[0].f._flat_weights, network[0].f.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("activations", ["recompute", "reconstruct"])
