@@ -147,7 +147,7 @@ def values(directory: Path, column: str) -> list[float]:
 
 
 def starts(directory: Path) -> list[dict[str, Any]]:
-    """Date, command, commit and threads with which the run was begun, and gone on with."""
+    """Date, command, commit and threads with which the run was begun, and gone on with (before 2026-11-29: begun)."""
     records = sorted(directory.glob("environment*.json"), key=lambda record: record.stat().st_mtime)
     found = [json.loads(record.read_text()) for record in records]
     return [{key: start.get(key) for key in ("date", "command", "commit", "threads")} for start in found]
@@ -227,7 +227,7 @@ def show(rows: list[Row], title: str) -> None:
 
 
 def timed(row: Row) -> bool:
-    """Whether the run had all threads, and so the machine, to itself."""
+    """Whether the run had all threads."""
     return row["configuration"]["threads"] is None
 
 
