@@ -90,7 +90,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_the_doubled_batch(
     trainer: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +200,8 @@ def test_a_process_that_hangs_is_waited_for_as_long_as_the_timeout_says(tmp_path
     assert 10 < waited < 60
 
 
-@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_a_run_of_two_processes_that_is_told_to_stop_goes_on_to_the_same_bits(trainer: str, tmp_path: Path) -> None:
     augmented = ("data.train_size=224", "data.padding=2", "data.flip=true", "trainer.max_epochs=2")  # seven batches
     options = (f"trainer={trainer}", "trainer.accumulate_grad_batches=2", *augmented)
@@ -224,6 +225,7 @@ def test_a_run_of_two_processes_that_is_told_to_stop_goes_on_to_the_same_bits(tr
     assert [log.count("\n") for log in logs] == [logs[0].count("\n")] * 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_process_is_told_by_it(tmp_path: Path) -> None:
     loss = ("task.loss._target_=tests.test_distributed_training.NotANumber", "trainer.strategy.timeout.minutes=1")
     run = torchrun(tmp_path, "trainer=ddp", *loss, "run_dir=here")
@@ -233,6 +235,7 @@ def test_a_loss_that_is_no_number_in_one_process_is_told_by_it(tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_synchronised_batch_normalisation_on_a_cpu_is_refused_in_one_line(tmp_path: Path) -> None:
     run = torchrun(tmp_path, "trainer=ddp", "trainer.sync_batchnorm=true", "run_dir=here")
     assert run.returncode == 1
@@ -240,6 +243,7 @@ def test_synchronised_batch_normalisation_on_a_cpu_is_refused_in_one_line(tmp_pa
     assert line == "revnet-train: trainer.sync_batchnorm=true needs GPUs: on CPUs leave it out"
 
 
+@pytest.mark.slow
 def test_a_number_of_devices_that_is_not_torchruns_is_refused_in_one_line(tmp_path: Path) -> None:
     run = torchrun(tmp_path, "trainer=ddp", "trainer.devices=3", "run_dir=here")
     assert run.returncode == 1

@@ -130,8 +130,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
     ("hook", "call", "options"),
     [
         ("on_train_batch_end", 11, ()),
-        ("on_train_batch_end", 11, AVERAGE),
-        ("on_train_batch_end", 11, ("optimizer=muon",)),
+        pytest.param("on_train_batch_end", 11, AVERAGE, marks=pytest.mark.slow),
+        pytest.param("on_train_batch_end", 11, ("optimizer=muon",), marks=pytest.mark.slow),
         ("on_train_epoch_end", 2, ()),
     ],
     ids=["in the middle of an epoch", "with an average of the weights", "with Muon", "at the end of an epoch"],
@@ -205,16 +205,16 @@ FLOW = ("model=nice", "model.hidden=8", "model.layers=1", "data.normalization=un
     ("name", "batch", "step", "status", "options"),
     [
         ("SIGTERM", 9, 9, 143, ()),
-        ("SIGTERM", 9, 9, 143, FLOW),
+        pytest.param("SIGTERM", 9, 9, 143, FLOW, marks=pytest.mark.slow),
         ("SIGTERM", 12, 12, 143, ()),  # an epoch's last
         ("SIGINT", 10, 10, 130, ()),
-        ("SIGTERM", 9, 9, 143, ("data.num_workers=1",)),
+        pytest.param("SIGTERM", 9, 9, 143, ("data.num_workers=1",), marks=pytest.mark.slow),
         ("SIGTERM", 9, 4, 143, ("trainer.accumulate_grad_batches=2",)),
         ("SIGTERM", 9, 5, 143, AVERAGE),
-        ("SIGTERM", 9, 9, 143, ("trainer.max_steps=16",)),
+        pytest.param("SIGTERM", 9, 9, 143, ("trainer.max_steps=16",), marks=pytest.mark.slow),
         ("SIGTERM", 12, 12, 143, ("trainer.max_steps=16",)),
         ("SIGTERM", 9, 9, 143, VALIDATED),  # a validation of five batches follows
-        ("SIGINT", 3, 3, 130, (*VALIDATED, "+trainer.val_check_interval=3")),
+        pytest.param("SIGINT", 3, 3, 130, (*VALIDATED, "+trainer.val_check_interval=3"), marks=pytest.mark.slow),
     ],
 )
 def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
@@ -243,10 +243,12 @@ def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("name", "batch", "step", "options"),
     [
-        ("SIGTERM", 2, 9, ()),
+        pytest.param("SIGTERM", 2, 9, (), marks=pytest.mark.slow),
         ("SIGINT", 7, 18, ()),
-        ("SIGTERM", 7, 18, ("callbacks=ema", "callbacks.ema.update_every_n_steps=1")),
-        ("SIGTERM", 2, 3, ("+trainer.val_check_interval=3",)),
+        pytest.param(
+            "SIGTERM", 7, 18, ("callbacks=ema", "callbacks.ema.update_every_n_steps=1"), marks=pytest.mark.slow
+        ),
+        pytest.param("SIGTERM", 2, 3, ("+trainer.val_check_interval=3",), marks=pytest.mark.slow),
         ("SIGTERM", 7, 3, ("+trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2")),
         ("SIGTERM", 5, 9, ()),  # the last of a validation
     ],
@@ -271,7 +273,7 @@ def test_a_training_that_is_told_to_stop_while_it_validates_goes_on_to_the_same_
     assert differences(expected, outcome(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
 def test_a_signal_to_every_process_of_a_training_leaves_its_loaders_alive(
     name: str, status: int, tmp_path: Path
 ) -> None:
@@ -706,6 +708,10 @@ def test_a_process_that_gets_no_more_memory_ends_in_one_line(tmp_path: Path) -> 
     [
         (["trainer.precision=16-mixed"], r"trainer.precision=16-mixed needs a GPU: on a CPU choose bf16-mixed .*"),
         (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1"], r"trainer.strategy=ddp is for several .*"),
+        (
+            ["trainer=ddp", "trainer.accelerator=cpu", "trainer.sync_batchnorm=true"],
+            r"trainer.sync_batchnorm=true needs GPUs: .*",
+        ),
         (["trainer.accumulate_grad_batches=0"], r"trainer.accumulate_grad_batches=0: give a positive number; 1 for .*"),
         (["trainer.check_val_every_n_epoch=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),
         (["+trainer.val_check_interval=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),

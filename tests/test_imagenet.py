@@ -82,7 +82,9 @@ def evaluate(checkpoint: str, capsys: pytest.CaptureFixture, *options: str) -> t
     return summary["test accuracy"], summary["test loss"]
 
 
-@pytest.mark.parametrize("experiment", sorted(ENDS))
+@pytest.mark.parametrize(
+    "experiment", ["imagenet_revnet50_modern", pytest.param("imagenet_revnet104_paper", marks=pytest.mark.slow)]
+)
 def test_two_steps_validation_checkpoint_and_two_more(
     experiment: str, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

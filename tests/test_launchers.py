@@ -29,7 +29,11 @@ def sweep(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local", "hydra.launcher.timeout_min=3")]
+    "launcher",
+    [
+        ("joblib", "hydra.launcher.n_jobs=2"),
+        pytest.param(("submitit_local", "hydra.launcher.timeout_min=3"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_that_fails_leaves_the_others_alone(launcher: tuple[str, str], tmp_path: Path) -> None:
     name, option = launcher

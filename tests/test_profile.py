@@ -184,9 +184,9 @@ def test_cells_that_fail_do_not_stop_a_sweep(capsys: pytest.CaptureFixture, tmp_
 
 
 def test_a_single_value_for_what_an_experiment_sweeps_is_no_sweep(capsys: pytest.CaptureFixture) -> None:
-    options = ("mode=estimate", "hydra.sweep.dir=sweep", "hydra.sweeper.params.model='resnet32,revnet38'")
+    options = ("mode=estimate", "hydra.sweep.dir=sweep", "hydra.sweeper.params.model=resnet32")
     assert profile("experiment=memory_vs_speed", *options, "activations=store", "batch_size=2") == 0
-    assert [line[:12] for line in capsys.readouterr().out.splitlines()[:2]] == ["cell 1 of 2:", "cell 2 of 2:"]
+    assert capsys.readouterr().out.startswith("cell 1 of 1: model=resnet32: memory ")
 
 
 def test_an_experiment_lays_down_a_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_an_interrupted_sweep_keeps_what_was_measured(tmp_path: Path) -> None:
     assert "revnet38" in (tmp_path / "sweep/report.html").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_nothing_runs_on_once_the_command_has_ended(number: signal.Signals, tmp_path: Path) -> None:
     os.mkfifo("alive")
     code = "import time\nalive = open('alive', 'w')\nprint('begun', file=alive, flush=True)\ntime.sleep(100)\n"

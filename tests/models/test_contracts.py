@@ -20,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from revnet import ReversibleSequence, set_activations
 from revnet.models import get_model
 from revnet.profiling import measure_memory
+from tests.sizes import large_ones_slow
 
 BASIC = ["revnet18", "revnet34"]
 BOTTLENECK = ["revnet50", "revnet101", "revnet152", "revnext50_32x4d", "wide_revnet50_2"]
@@ -27,6 +28,7 @@ FAMILY = BASIC + BOTTLENECK
 FEW = ["revnet18", "revnet50"]
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 BUILDERS = pytest.mark.parametrize("name", FAMILY)
+NOT_LARGE = pytest.mark.parametrize("name", large_ones_slow(FAMILY))
 
 
 def images(batch=2, size=64):
@@ -76,14 +78,14 @@ def detection_loss(model):
 
 
 @pytest.mark.parametrize("trainable_layers", [3, 5])
-@BUILDERS
+@NOT_LARGE
 def test_faster_rcnn_trains_what_is_not_frozen(name, trainable_layers):
     model = detector(get_model(name), trainable_layers)
     frozen = tuple(f"backbone.body.{child}." for child in ("conv1", "bn1", "layer1")) if trainable_layers == 3 else ()
     check_gradients(model.train(), detection_loss, frozen)
 
 
-@BUILDERS
+@NOT_LARGE
 def test_frozen_normalisation_computes_with_the_statistics_of_a_trained_network(name):
     trained = get_model(name, num_classes=3)
     for module in trained.modules():
@@ -116,7 +118,8 @@ def segmentation_loss(model):
     return sum(value.square().mean() for value in outputs.values())
 
 
-@pytest.mark.parametrize(("model", "name"), [*((DeepLabV3, name) for name in FAMILY), *((FCN, name) for name in FEW)])
+@pytest.mark.parametrize("model", [DeepLabV3, FCN])
+@NOT_LARGE
 def test_segmentation_trains(name, model):
     dilation = {} if name in BASIC else {"replace_stride_with_dilation": [False, True, True]}
     network = get_model(name, **dilation)
@@ -180,7 +183,7 @@ def test_an_extractor_keeps_the_saving_of_memory(name, share):
     assert peaks["reconstruct"] <= share * peaks["store"]
 
 
-@BUILDERS
+@NOT_LARGE
 def test_an_exported_network_has_the_same_output(name):
     network, x = get_model(name, num_classes=3).eval(), images()
     exported = torch.export.export(network, (x,))
@@ -189,7 +192,7 @@ def test_an_exported_network_has_the_same_output(name):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY],
+    ["revnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILY if name != "revnet18")],
 )
 def test_onnx_has_the_same_output(name, tmp_path):
     onnx = pytest.importorskip("onnx")

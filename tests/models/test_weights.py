@@ -23,6 +23,7 @@ from revnet.models import (
     revnet50,
     save_weights,
 )
+from tests.sizes import large_ones_slow
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
 
@@ -38,7 +39,7 @@ def file(tmp_path):
     return tmp_path / "weights.safetensors"
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", large_ones_slow(list_models()))
 def test_a_network_and_the_one_of_its_file_have_the_same_outputs(name, tmp_path):
     path = tmp_path / "weights.safetensors"
     network = get_model(name, num_classes=3)

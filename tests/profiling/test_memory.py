@@ -1,6 +1,5 @@
 """The memory of a step by hand, and against torch's own tracker."""
 
-import re
 from functools import partial
 
 import pytest
@@ -11,17 +10,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from revnet.models import get_model, list_models
 from revnet.profiling import estimate, measure_memory
 from revnet.profiling.memory import memory_of_step
+from tests.sizes import large_ones_slow
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
-# Those of a hundred layers and more take seconds each.
-DEEP = re.compile(r".*(10\d|11\d|15\d|16\d)$")
-EVERY_MODEL = [pytest.param(name, marks=[pytest.mark.slow] if DEEP.match(name) else []) for name in list_models()]
-
-
 @pytest.mark.filterwarnings("ignore:Module is None:UserWarning")
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("name", large_ones_slow(list_models()))
 @pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct"])
 def test_estimate_agrees_with_torchs_mem_tracker(name, activations):
     network, x = get_model(name, activations=activations), torch.randn(2, 3, 32, 32)

@@ -72,7 +72,7 @@ def test_the_search_over_a_real_network_finds_what_brute_force_finds():
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("name", ["revnet38", "revnet56", "resnet32"])
+@pytest.mark.parametrize("name", ["revnet38", pytest.param("revnet56", marks=pytest.mark.slow), "resnet32"])
 def test_the_peak_that_the_search_expects_is_that_of_the_step(name, exact):
     network = get_model(name, exact=exact)
     shape = (4, 3, 64, 64) if name == "revnet56" else SHAPE
@@ -88,7 +88,7 @@ def test_the_peak_that_the_search_expects_is_that_of_the_step(name, exact):
         assert predicted_peak(costs, values) <= (memory.peak + memory.gradients) * (1 + tolerance)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_step_that_was_planned_stays_within_the_budget(dtype):
     network = get_model("revnet38")
     before = [slot.value() for slot in slots(network)]
