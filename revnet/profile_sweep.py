@@ -45,7 +45,8 @@ class ReportSweep(Callback):
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.COMPLETED:
             cell = job_return.return_value
             what = " ".join(f"{key}={cell['overrides'][key]}" for key in self.keys)
-            rich.print(f"cell {cell['cell'] + 1} of {self.cells}: {escape(what)}: {escape(headline(cell))}")
+            parts = (f"cell {cell['cell'] + 1} of {self.cells}", what, headline(cell))
+            rich.print(escape(": ".join(filter(None, parts))))
             write_report(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

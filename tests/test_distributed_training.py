@@ -143,15 +143,8 @@ def two_processes(directory: Path, trainer: str, *arguments: str) -> Iterator[li
         yield [first, second]
 
 
-@pytest.mark.parametrize(
-    ("trainer", "told"),
-    [
-        ("ddp", (1, 0)),
-        pytest.param("fsdp", (0, 1), marks=pytest.mark.slow),
-        pytest.param("ddp", (0,), marks=pytest.mark.slow),
-        pytest.param("ddp", (1,), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainer", "told"), [("ddp", (1, 0)), ("ddp", (0,)), ("ddp", (1,)), ("fsdp", (0, 1))])
 def test_a_run_of_two_processes_stops_where_both_are_whenever_one_is_told_to(
     trainer: str, told: tuple[int, ...], tmp_path: Path
 ) -> None:

@@ -213,7 +213,7 @@ FLOW = ("model=nice", "model.hidden=8", "model.layers=1", "data.normalization=un
         ("SIGTERM", 9, 5, 143, AVERAGE),
         pytest.param("SIGTERM", 9, 9, 143, ("trainer.max_steps=16",), marks=pytest.mark.slow),
         ("SIGTERM", 12, 12, 143, ("trainer.max_steps=16",)),
-        ("SIGTERM", 9, 9, 143, VALIDATED),  # a validation of five batches follows
+        pytest.param("SIGTERM", 9, 9, 143, VALIDATED, marks=pytest.mark.slow),  # a validation of five batches follows
         pytest.param("SIGINT", 3, 3, 130, (*VALIDATED, "+trainer.val_check_interval=3"), marks=pytest.mark.slow),
     ],
 )
@@ -312,6 +312,7 @@ def test_a_test_that_is_told_to_stop_leaves_the_training_as_it_ended(
     assert differences(expected, outcome(tmp_path / "run")) == []
 
 
+@pytest.mark.slow
 def test_a_validation_that_was_the_last_thing_saved_counts_once(
     undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -326,6 +327,7 @@ def test_a_validation_that_was_the_last_thing_saved_counts_once(
     assert differences(expected, outcome(tmp_path / "run")) == []
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_of_an_epoch_s_end_goes_on_with_the_next_epoch(
     undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -306,6 +306,7 @@ def test_wandb_has_metrics_and_configuration(tmp_path: Path) -> None:
     assert [text for text in (b"test/accuracy", b"train/loss", b"lr-SGD", b"label_smoothing") if text not in held] == []
 
 
+@pytest.mark.slow
 def test_mlflow_has_metrics_and_configuration(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "revnet.train", *TINY, "logger=mlflow", "run_dir=here"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=without_services())

@@ -18,6 +18,7 @@ def test_a_script_ends_where_a_loader_has_processes(split):
     assert (run.returncode, run.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_script_ends_where_a_process_of_a_loader_does_not_answer():
     lines = [
         "import os, signal",

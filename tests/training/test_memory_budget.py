@@ -17,7 +17,7 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 SHAPE = (8, 3, 16, 16)
 
 
-@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("accumulates", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_step_fits_and_the_plan_is_logged(accumulates, caplog):
     network = revnet38()
     least, most = (estimate(revnet38(activations=v), SHAPE, optimizer=SGD) for v in ("reconstruct", "store"))
