@@ -119,6 +119,8 @@ def refuse_contradictions(trainer: DictConfig) -> None:
             raise ValueError(f"trainer.{name}=null: give a positive number; {remedy}")
         if isinstance(value, int | float) and value <= 0:
             raise ValueError(f"trainer.{name}={value}: give a positive number; {remedy}")
+        if name == "val_check_interval" and not isinstance(value, int | float | None):
+            raise ValueError(f"trainer.{name}={value}: give a number of batches, or a share of an epoch such as 0.25")
         if isinstance(value, float) and name != "val_check_interval":
             raise ValueError(f"trainer.{name}={value}: give a whole number")
     if (trainer.gradient_clip_val or 0) < 0:

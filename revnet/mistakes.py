@@ -35,7 +35,9 @@ REFUSALS = (  # of flags, of numbers of processes, of val_check_interval
     "pytorch_lightning/loops/fit_loop.py",
 )
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/output", "hydra/job_logging", "hydra/hydra_logging")
-LOST = r"DistBackendError|DistNetworkError|/gloo/"  # of torch.distributed, where another process does not answer
+# Of torch.distributed, where another process does not answer.
+LOST = r"DistBackendError|DistNetworkError|DistStoreError|/gloo/"
+NO_MEMORY = "can't allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 KILLED = "TerminatedWorkerError"  # of joblib, where the system has killed a job
 SERVICES = ("wandb", "mlflow")  # whose errors speak of accounts, addresses and files
@@ -107,6 +109,8 @@ def mistake(error: BaseException) -> str | None:
         return _no_option()
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)) and _raised_on_purpose(error):
         return line
+    if isinstance(error, RuntimeError) and "--ntasks" in line and _raised_on_purpose(error):
+        return line
     in_worker = _worker_mistake(error)
     if in_worker is not None:
         return in_worker
@@ -128,7 +132,7 @@ def mistake(error: BaseException) -> str | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator, of a device or of the CPU, or the system has no more to give."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    return known or "can't allocate memory" in str(error)
+    return known or re.search(NO_MEMORY, str(error)) is not None
 
 
 def valid(name: str, names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["rank", "agree", "leave_group"]
+__all__ = ["rank", "started", "agree", "leave_group"]
 
 
 def rank() -> int:
@@ -17,6 +17,11 @@ def rank() -> int:
 def _started_by_slurm() -> bool:
     """Whether Lightning takes the processes for Slurm's; in an interactive shell there it starts them itself."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def started() -> int:
+    """How many processes torchrun or srun has started for this run."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS" if _started_by_slurm() else "WORLD_SIZE", "1"))
 
 
 def agree(directory: str) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet.models import PreActResNet, family, load_weights
+from revnet.models.network import check_squeezable
 from revnet.models.units import PointwiseShortcut
 from revnet.reversible import Activations, ReversibleSequence
 
@@ -85,6 +86,12 @@ class TimmRevNet(PreActResNet):
         self.feature_info = _feature_info(self)
         self.num_features = self.inplanes
         self.reset_classifier(num_classes, global_pool)
+
+    def check_images(self, x: torch.Tensor) -> None:
+        """ValueError, with the remedy, for images that this network does not take."""
+        super().check_images(x)
+        if self.stage_names == ["layers"]:  # a fully reversible network
+            check_squeezable(x, self.stem_stride, self.total_stride)
 
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
         """The linear layer, or its name."""
@@ -245,6 +252,14 @@ def _build(
     if output_stride not in DILATED:
         raise ValueError(f"output_stride={output_stride}: give one of {', '.join(map(str, DILATED))}")
     if output_stride < 32:
+        own = [key for key in ("small_images", "replace_stride_with_dilation") if arguments.get(key)]
+        if own:
+            raise ValueError(f"output_stride={output_stride}, {own[0]}={arguments[own[0]]}: give one of them")
+        if name in ("revnet18", "revnet34") or arguments.get("downsampling") == "space_to_depth":
+            raise ValueError(
+                f"output_stride={output_stride}: basic branches and downsampling='space_to_depth' are not dilated; "
+                f"leave it out, or take revnet50 or a larger one"
+            )
         arguments["replace_stride_with_dilation"] = DILATED[output_stride]
     if zero_init_last:
         arguments["zero_init_residual"] = True

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from revnet.build import build, refuse_contradictions, refuse_odd_monitors
 from revnet.cli import command
 from revnet.mistakes import is_out_of_memory, leave
-from revnet.processes import rank
+from revnet.processes import rank, started
 from revnet.reversible import compile_branches, set_chunk_size
 from revnet.run_directory import checkpoints_of, with_saved_overrides
 
@@ -81,6 +81,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
     from pytorch_lightning.plugins.environments import SLURMEnvironment
     from pytorch_lightning.strategies import DDPStrategy
+    from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
     from revnet.training import (
         AtomicCheckpoints,
@@ -146,6 +147,17 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if isinstance(cluster, SLURMEnvironment) and not cfg.trainer.get("plugins"):
         # Its own checkpoints would be tested, and gone on from, in the place of ours.
         cluster.auto_requeue = False
+    if trainer.world_size == 1 < started():
+        raise ValueError(
+            f"{started()} processes were started, each of which would train by itself: choose trainer=ddp, "
+            f"trainer=fsdp or trainer=slurm"
+        )
+    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeps and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ValueError(
+            f"trainer.devices={cfg.trainer.devices}: the runs of a sweep (-m) start no further processes; start them "
+            f"one by one, or with hydra/launcher=slurm trainer=slurm"
+        )
     if trainer.world_size == 1 and isinstance(trainer.strategy, DDPStrategy):
         raise ValueError(
             "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "

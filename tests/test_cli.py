@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -387,7 +388,15 @@ def test_a_lack_of_memory_is_a_mistake() -> None:
         "Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: can't allocate memory"
     )
     assert (mistake(worker) or "").startswith("out of memory: RuntimeError: can't allocate memory; give")
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(RuntimeError("something else"))
+
+
+def test_processes_that_do_not_arrive_are_told_in_one_line() -> None:
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, world_size=2, wait_for_workers=False)
+    error = raised(lambda name: store.wait([name], timedelta(seconds=0.01)), "other")
+    assert (mistake(error) or "").startswith("another process of the run has ended or hangs; go on with")
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -717,6 +717,10 @@ def test_a_process_that_gets_no_more_memory_ends_in_one_line(tmp_path: Path) -> 
         (["trainer.accumulate_grad_batches=0"], r"trainer.accumulate_grad_batches=0: give a positive number; 1 for .*"),
         (["trainer.check_val_every_n_epoch=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),
         (["+trainer.val_check_interval=0"], r".*=0: give a positive number; limit_val_batches=0 trains without .*"),
+        (
+            ["+trainer.val_check_interval='00:10:00'"],
+            r".*_interval=00:10:00: give a number of batches, or .*",
+        ),
         (["trainer.gradient_clip_val=-1"], r"trainer.gradient_clip_val=-1: give a norm, or null to clip nothing"),
         (["memory_budget=1MB"], r".* the least possible is [\d,]+ bytes.*"),
         (

@@ -102,6 +102,43 @@ def test_every_launcher_numbers_the_processes(
     assert _started_by_slurm() == SLURMEnvironment.detect()
 
 
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "2", "RANK": "0"}, {**TASK, "SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "8"}]
+)
+def test_several_processes_that_would_all_train_alone_are_refused(
+    variables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("revnet.mistakes.SECONDS_TO_FIRST", 0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert invoke(train.main, *TINY, "run_dir=here") == 1
+    assert re.search(r"[28] processes were started, each .* by itself: choose trainer=ddp", capsys.readouterr().err)
+
+
+def test_tasks_that_are_not_counted_by_the_node_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("revnet.mistakes.SECONDS_TO_FIRST", 0)
+    for name, value in {**TASK, "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert invoke(train.main, *TINY, "run_dir=here") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Use `--ntasks-per-node=8` instead" in line
+
+
+def test_runs_of_a_sweep_that_would_start_processes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    assert invoke(train.main, "-m", *TINY, *several, "seed=0,1") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("revnet-train")]
+    assert len(lines) == 2
+    assert all("trainer.devices=2: the runs of a sweep (-m) start no further processes" in line for line in lines)
+
+
 def test_a_sweep_under_torchrun_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,8 @@ def test_output_strides_are_timm_s(output_stride, size):
         ({"in_channels": 1}, TypeError, "unexpected keyword argument 'in_channels'; timm calls it in_chans"),
         ({"drop_path_rate": 0.1}, ValueError, "drop_path_rate=0.1: these networks have no stochastic depth"),
         ({"output_stride": 4}, ValueError, "output_stride=4: give one of 32, 16, 8"),
+        ({"output_stride": 8, "small_images": True}, ValueError, "output_stride=8, small_images=True: give one of"),
+        ({"output_stride": 16, "downsampling": "space_to_depth"}, ValueError, "output_stride=16: .* are not dilated"),
     ],
 )
 def test_arguments_of_timm_s_that_cannot_be_are_named(arguments, error, message):
@@ -300,6 +302,8 @@ def test_a_fully_reversible_network_has_no_features_at_its_stages():
     model = on_meta("revnet50", downsampling="space_to_depth")
     assert [feature["reduction"] for feature in model.feature_info] == [2, 32]
     assert model(images(device="meta")).shape == (2, 1000)
+    with pytest.raises(ValueError, match=r"\(2, 3, 48, 48\): height and width must be multiples of 32"):
+        model(torch.empty(2, 3, 48, 48, device="meta"))
     with pytest.raises(ValueError, match=r"features_only=True, downsampling='space_to_depth'.*leave one"):
         on_meta("revnet50", downsampling="space_to_depth", features_only=True)
 

@@ -143,7 +143,9 @@ class ImageDataModule(pl.LightningDataModule):
         if isinstance(images, TensorImages):
             return 0
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(16, max(1, processors // (self.trainer.num_devices if self.trainer else 1)))
+        is_share = "SLURM_STEP_ID" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ  # a task's own, from srun
+        devices = 1 if is_share or not self.trainer else self.trainer.num_devices
+        return min(16, max(1, processors // devices))
 
     def setup(self, stage: str | None = None) -> None:
         """Load, split and measure, once for all stages."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revnet.flows.bijection import Bijection
+from revnet.reversible.autocast import has_autocast
 
 __all__ = ["InvertibleConvolution"]
 
@@ -54,12 +56,12 @@ class InvertibleConvolution(Bijection):
 
     def forward_and_log_det(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Output and log-determinant of shape (B,)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with _in_full_precision(x):
             return _mixed(self.weight(), x), self._log_det(x)
 
     def inverse_and_log_det(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Input and the negative log-determinant."""
-        with torch.autocast(y.device.type, enabled=False):
+        with _in_full_precision(y):
             return _mixed(torch.linalg.inv(self.weight().double()), y), -self._log_det(y)
 
     def _log_det(self, x: Tensor) -> Tensor:
@@ -67,6 +69,10 @@ class InvertibleConvolution(Bijection):
 
     def extra_repr(self) -> str:
         return f"{len(self.sign)}"
+
+
+def _in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(x.device.type, enabled=False) if has_autocast(x.device.type) else nullcontext()
 
 
 def _mixed(weight: Tensor, x: Tensor) -> Tensor:

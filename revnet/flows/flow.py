@@ -70,8 +70,6 @@ class Flow(nn.Module):
         torch.Size([5])
     """
 
-    loc: Tensor
-
     def __init__(
         self,
         stages: Iterable[ReversibleSequence],
@@ -99,7 +97,6 @@ class Flow(nn.Module):
         self._check_prior()
         self.dequantise = Dequantise() if dequantise else None
         self.embedding = embedding
-        self.register_buffer("loc", torch.zeros(self.dims), persistent=False)
 
     def _check_prior(self) -> None:
         if isinstance(self._prior, str):
@@ -117,7 +114,12 @@ class Flow(nn.Module):
     @property
     def prior(self) -> Distribution:
         """The distribution of the latent vector: a named one on the device and in the dtype of the flow."""
-        return PRIORS[self._prior](self.loc) if isinstance(self._prior, str) else self._prior
+        return PRIORS[self._prior](self._origin()) if isinstance(self._prior, str) else self._prior
+
+    def _origin(self) -> Tensor:
+        """The latent vector 0, on the device and in the dtype of the flow."""
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        return torch.zeros(self.dims) if like is None else like.new_zeros(self.dims)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """`log_prob`, for what calls modules: DistributedDataParallel, torch.compile, `revnet.profiling`."""
@@ -131,7 +133,8 @@ class Flow(nn.Module):
             context: condition of each example, of the labels' shape (B,) for a flow with classes.
 
         Raises:
-            ValueError: x has the wrong shape or, for images, values outside [0, 1].
+            ValueError: x has the wrong shape or, for images, values outside [0, 1] (without `dequantise`: outside the
+                domain of their logit, which is a little wider).
             NonFiniteError: a latent or the log-determinant is NaN or infinite.
         """
         z, log_det = self.encode_and_log_det(x, context)
@@ -260,7 +263,7 @@ class Flow(nn.Module):
     def _for_each(self, context: Any, n: int) -> Any:
         """One label for all becomes one for each."""
         if isinstance(context, int) or (isinstance(context, Tensor) and context.ndim == 0):
-            return torch.as_tensor(context, device=self.loc.device).expand(n)
+            return torch.as_tensor(context, device=self._origin().device).expand(n)
         return context
 
     def _embedded(self, context: Any, n: int) -> Any:

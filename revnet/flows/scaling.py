@@ -16,7 +16,10 @@ __all__ = ["ActNorm", "Scaling"]
 
 
 class _FromFirstBatch(Bijection):
-    """A layer whose parameters are set by the first finite batch that goes forward through it in training mode."""
+    """A layer whose parameters are set by the first finite batch that goes forward through it in training mode.
+
+    Unless they are no longer 0 by then: trained by way of the inverse, on samples.
+    """
 
     initialised: Tensor
 
@@ -28,9 +31,16 @@ class _FromFirstBatch(Bijection):
     @torch.no_grad()
     def _look_at(self, x: Tensor, dims: list[int]) -> None:
         # A second evaluation in the backward pass has the buffers of the first, and is none to initialise.
-        if not self.training or self._seen or is_recomputing() or not has_values(x):
+        if self.training and not self._seen and not is_recomputing():
+            self._learn_from(x, dims)
+
+    @torch.compiler.disable  # the first batch is looked at by eager code
+    def _learn_from(self, x: Tensor, dims: list[int]) -> None:
+        if not has_values(x):
             return
-        if not self.initialised:
+        if not self.initialised and any(bool(parameter.any()) for parameter in self.parameters()):
+            self.initialised.fill_(True)  # it has learnt from samples, by its inverse, or was set by hand
+        elif not self.initialised:
             mean, deviation = _mean_and_deviation(x, dims)
             if not bool(torch.isfinite(mean).all() & torch.isfinite(deviation).all()):
                 return  # of a batch that the flow refuses

@@ -70,6 +70,10 @@ class _Subsample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # which no ordinary tensor takes in
+            whole = grad.new_zeros(ctx.shape)
+            whole[..., :: ctx.stride, :: ctx.stride] = grad
+            return whole, None
         whole = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format).zero_()
         whole[..., :: ctx.stride, :: ctx.stride] = grad
         return whole, None

@@ -145,8 +145,7 @@ def _revnet(
     **unknown: Any,
 ) -> PreActResNet:
     _refuse(unknown)
-    numbers = {"num_classes": num_classes, "in_channels": in_channels}
-    for name, number in (numbers | {"groups": groups, "width_per_group": width_per_group}).items():
+    for name, number in {"groups": groups, "width_per_group": width_per_group}.items():
         if not isinstance(number, Integral) or number < 1:
             raise ValueError(f"{name}={number!r}: give an integer of at least 1")
     if branch is BasicBranch and (groups != 1 or width_per_group != 64):
@@ -196,7 +195,8 @@ def _revnet(
         norm_layer=norm_layer,
         activations=activations,
         exact=exact,
-        **numbers,
+        num_classes=num_classes,
+        in_channels=in_channels,
     )
     if zero_init_residual:
         for module in network.modules():

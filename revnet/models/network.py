@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from revnet.reversible import (
     set_activations,
 )
 
-__all__ = ["FullyReversibleNet", "PreActResNet", "RevNet"]
+__all__ = ["FullyReversibleNet", "PreActResNet", "RevNet", "check_squeezable"]
 
 
 @torch.fx.wrap
@@ -42,7 +43,8 @@ def _check_images(x: Tensor, channels: int | None) -> None:
 
 
 @torch.fx.wrap
-def _check_squeezable(x: Tensor, stem_stride: int, total_stride: int) -> None:
+def check_squeezable(x: Tensor, stem_stride: int, total_stride: int) -> None:
+    """ValueError, with the remedy, for images that cannot be squeezed to the end."""
     if any(-(-side // stem_stride) % (total_stride // stem_stride) for side in x.shape[-2:]):
         raise ValueError(
             f"images of shape {tuple(x.shape)}: height and width must be multiples of {total_stride}; scale or pad "
@@ -93,8 +95,9 @@ class PreActResNet(Switched):
         exact: bool | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1 or in_channels < 1:
-            raise ValueError(f"num_classes={num_classes}, in_channels={in_channels}: both must be at least 1")
+        for name, number in {"num_classes": num_classes, "in_channels": in_channels}.items():
+            if not isinstance(number, Integral) or number < 1:
+                raise ValueError(f"{name}={number!r}: give an integer of at least 1")
         # In the order in which torchvision's ResNets run them, on which its IntermediateLayerGetter relies, and
         # everyone who makes features of `children()`.
         self.conv1 = (
@@ -230,7 +233,7 @@ class FullyReversibleNet(PreActResNet):
     def check_images(self, x: Tensor) -> None:
         """ValueError, with the remedy, for what is no batch of images, or cannot be squeezed to the end."""
         super().check_images(x)
-        _check_squeezable(x, self.stem_stride, self.total_stride)
+        check_squeezable(x, self.stem_stride, self.total_stride)
 
     def __getattr__(self, name: str) -> Any:
         if name.removeprefix("layer").isdigit():

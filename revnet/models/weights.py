@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -159,7 +160,7 @@ def _plain(value: Any) -> Any:
     """`value` as JSON has it; functions and classes by their name."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):  # a list, a tuple, a Plan
         return [_plain(item) for item in value]
     if _is_plain(value):
         return value

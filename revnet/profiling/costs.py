@@ -62,6 +62,11 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
     Time is modelled: an operator takes as long as its arithmetic or its traffic with the memory, whichever is more; a
     backward pass takes two forward passes, and reconstruction moves the state three times besides.
     """
+    if hasattr(model, "log_prob"):
+        raise ValueError(
+            f"{type(model).__name__} is a flow, whose layers are not planned for one by one: choose one value of "
+            f"activations for all of them"
+        )
     if not slots(model):
         raise ValueError(
             f"{type(model).__name__} has no ReversibleSequence, so there is nothing to plan: "

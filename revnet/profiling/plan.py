@@ -16,7 +16,7 @@ from revnet.profiling.costs import LayerCost, layer_costs
 from revnet.profiling.estimate import checked_shape, estimate, fake_copy
 from revnet.profiling.memory import Memory
 from revnet.profiling.step import Loss, MakeOptimizer, mean_square
-from revnet.reversible import set_activations
+from revnet.reversible import set_activations, slots
 
 __all__ = ["Plan", "cheapest", "leanest", "plan", "predicted_peak", "predicted_seconds"]
 
@@ -122,6 +122,9 @@ def plan(
     if needed(stored) <= available:
         return stored
     best = planned(leanest(costs))
+    if needed(best) > available:  # predictions are a little off, and may have spent more than that on time
+        set_activations(copy, "reconstruct")
+        best = min(best, planned(tuple(slot.value() for slot in slots(copy))), key=needed)
     if needed(best) > available:
         raise ValueError(
             f"budget={budget!r} is too small for {type(model).__name__} on a batch of shape {shape}: the least "

@@ -33,7 +33,7 @@ class Classifier(Task):
         test_time_flip: validate, test and predict by the mean of the logits of every image and its mirror image.
 
     Logged: `train/loss` per step, `{train,val,test}/accuracy` and `{val,test}/loss` per epoch. No step waits for the
-    device.
+    device so that something can be logged.
 
     Example:
         >>> from functools import partial

@@ -25,9 +25,10 @@ KEY = "continuation"
 class Continuation(Callback):
     """Keep in every checkpoint the random numbers, metrics, gradients and log of the moment, and go on from there.
 
-    On one kind of hardware a training that is resumed then gives the same bits as one that was never interrupted, from
-    the middle of an epoch too, provided that the training's loader is seeded by the epoch and keeps its place, as those
-    of `revnet.data` do, and that random changes of images are not drawn in a loader's processes.
+    On a CPU a training that is resumed then gives the same bits as one that was never interrupted, from the middle of
+    an epoch too (on a GPU as far as its kernels are deterministic, see `trainer.deterministic`), provided that the
+    training's loader is seeded by the epoch and keeps its place, as those of `revnet.data` do, and that random changes
+    of images are not drawn in a loader's processes.
 
     - Random numbers of torch (the CPU and the current device), Python and NumPy.
     - In the middle of an epoch the sums of every metric (`torchmetrics.Metric`) of the module, and the gradients if

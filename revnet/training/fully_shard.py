@@ -34,12 +34,15 @@ class FullyShard(ModelParallelStrategy):
 
         Raises:
             ValueError: it cannot be sharded: a flow, since what is sharded is gathered by a network's forward pass,
-                which a flow does not have, or weights of which an average is kept, since no device has all of them.
+                which a flow does not have, or weights of which an average is kept, since no device has all of them; or
+                its normalisation is to be synchronised, which this strategy does not do.
         """
         if hasattr(getattr(model, "network", None), "log_prob"):
             raise ValueError("trainer=fsdp is for classifiers: train a flow with trainer=ddp")
         if any(isinstance(callback, WeightAveraging) for callback in model.trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("callbacks=ema does not go with trainer=fsdp: average under trainer=ddp, or leave it out")
+        if self._layer_sync is not None:
+            raise ValueError("trainer.sync_batchnorm=true does not go with trainer=fsdp: take trainer=ddp, or false")
         super().connect(model)
 
     def setup_environment(self) -> None:

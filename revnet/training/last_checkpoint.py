@@ -10,8 +10,6 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-import torch.distributed as dist
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -50,16 +48,11 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = 0
         self._told = False
         self._on_ctrl_c: Any = None
-        self._processes: Any = None  # the group of all of them, over gloo
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin a training that nobody has told to stop."""
         if stage == "fit":
             self._told = self.interrupted = False
-        if trainer.world_size > 1:
-            # On CPUs: an answer by way of GPUs would stand behind all that they have to do, in every step.
-            timeout = getattr(trainer.strategy, "_timeout", None)
-            self._processes = dist.new_group(backend="gloo", timeout=timeout)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to SIGTERM and Ctrl-C."""
@@ -151,9 +144,7 @@ class LastCheckpoint(Checkpoint):
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:
         """Let Lightning stop all processes at its next look if one of them was told to."""
-        if self._processes is not None:
-            told = torch.tensor([self._told, self.interrupted], dtype=torch.int32)
-            dist.all_reduce(told, dist.ReduceOp.MAX, self._processes)
-            self._told, self.interrupted = map(bool, told)
-        if self._told:
+        among_all = trainer.strategy.reduce_boolean_decision
+        if among_all(self._told, all=False):
+            self._told, self.interrupted = True, among_all(self.interrupted, all=False)
             trainer._signal_connector.received_sigterm = True

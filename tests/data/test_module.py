@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -187,6 +188,25 @@ def test_every_pass_is_another_epoch_where_no_trainer_counts_them():
     assert torch.equal(again, passes[0])
     assert not any(torch.equal(passes[one], passes[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
     assert not torch.equal(next(iter(loader))[0], next(iter(loader))[0])
+
+
+@pytest.mark.parametrize(
+    ("variables", "number"),
+    [
+        ({}, 2),
+        ({"SLURM_CPUS_PER_TASK": "8"}, 2),  # of `salloc`, whose processes share what there is
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_STEP_ID": "0"}, 8),
+    ],
+)
+def test_a_device_has_its_share_of_the_processors(variables, number, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    data = Fake(image_shape=(3, 4, 4))
+    data.trainer = SimpleNamespace(num_devices=4)
+    assert data.workers([]) == number
 
 
 def test_images_in_memory_need_no_worker_but_can_have_some():

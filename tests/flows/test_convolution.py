@@ -31,3 +31,8 @@ def test_autocast_leaves_it_in_full_precision():
     layer, x = InvertibleConvolution(8), torch.randn(4, 8, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(layer.inverse(layer(x)), x)
+
+
+def test_it_needs_no_data():
+    layer, x = InvertibleConvolution(8).to("meta"), torch.empty(2, 8, 4, 4, device="meta")
+    assert layer(x).shape == layer.inverse(x).shape == x.shape

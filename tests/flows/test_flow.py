@@ -357,3 +357,17 @@ def test_a_flow_of_one_dtype_or_another_has_its_prior_there():
     assert plane().sample(2).dtype == torch.float64
     assert plane().float().sample(2).dtype == torch.float32
     assert "loc" not in plane().state_dict()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_flow_that_was_made_without_data_gets_it_from_a_checkpoint(assign):
+    flow = nice((8,), hidden=8, layers=1, dequantise=False).eval()
+    with torch.device("meta"):
+        other = nice((8,), hidden=8, layers=1, dequantise=False).eval()
+    if not assign:
+        other.to_empty(device="cpu")
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.data.fill_(1)  # as memory may be that was not cleared
+    other.load_state_dict(flow.state_dict(), assign=assign)
+    x = torch.randn(2, 8)
+    assert torch.equal(other.log_prob(x), flow.log_prob(x))

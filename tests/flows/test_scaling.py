@@ -5,7 +5,7 @@ import torch
 from torch import distributed
 
 from revnet import ReversibleSequence
-from revnet.flows import ActNorm, OnHalf, Scaling
+from revnet.flows import ActNorm, OnHalf, Scaling, nice
 from tests.reversible.networks import EVERY
 
 
@@ -103,3 +103,25 @@ def test_two_processes_initialise_by_the_batches_of_both(layer, together):
         assert found.keys() == alone.state_dict().keys()
         for name, value in alone.state_dict().items():
             torch.testing.assert_close(torch.tensor(found[name], dtype=value.dtype), value)
+
+
+@pytest.mark.parametrize("layer", [ActNorm(4), Scaling((4,))], ids=["ActNorm", "Scaling"])
+def test_what_was_learnt_by_way_of_the_inverse_is_kept(layer):
+    layer = copy.deepcopy(layer).train()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    layer.inverse(torch.randn(64, 4)).square().sum().backward()
+    optimizer.step()
+    learnt = layer.log_scale.detach().clone()
+    layer(torch.randn(64, 4))
+    assert torch.equal(layer.log_scale, learnt)
+    assert layer.initialised
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the compiler
+def test_a_compiled_flow_learns_from_its_first_batch_as_an_eager_one(activations):
+    flow = nice((4,), hidden=8, layers=1, dequantise=False, activations=activations)
+    eager, x = copy.deepcopy(flow), 5 * torch.randn(16, 4)
+    torch.testing.assert_close(torch.compile(flow, backend="aot_eager")(x), eager(x))
+    assert all(layer.initialised for layer in flow.modules() if isinstance(layer, (ActNorm, Scaling)))
+    torch.testing.assert_close(dict(flow.named_parameters()), dict(eager.named_parameters()))

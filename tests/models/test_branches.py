@@ -36,6 +36,9 @@ def test_subsampling_and_its_derivatives_are_those_of_a_slice_in_the_layout_of_t
     assert found.is_contiguous(memory_format=memory_format)
     assert torch.autograd.gradgradcheck(lambda x: subsample(x.square(), 2).square(), x)
     assert torch.equal(torch.func.vmap(lambda x: subsample(x, 2))(x), expected)
+    several = torch.stack([weights, 2 * weights])
+    (batched,) = torch.autograd.grad(subsample(x, 2), x, several, is_grads_batched=True)
+    assert torch.equal(batched, torch.stack([wanted, 2 * wanted]))
 
 
 @pytest.mark.parametrize("branch", [BasicBranch, BottleneckBranch])

@@ -138,6 +138,9 @@ def test_the_first_layer_may_be_anything():
 def test_gray_images_and_other_class_counts():
     network = revnet38(num_classes=3, in_channels=1)
     assert network(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    for wrong in (None, "10", 2.5):
+        with pytest.raises(ValueError, match=f"num_classes={wrong!r}: give an integer of at least 1"):
+            revnet38(num_classes=wrong)
     with pytest.raises(ValueError, match="num_classes=0"):
         revnet38(num_classes=0)
     with pytest.raises(ValueError, match="got 'all'"):

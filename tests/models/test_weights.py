@@ -23,6 +23,7 @@ from revnet.models import (
     revnet50,
     save_weights,
 )
+from revnet.profiling import plan
 from tests.sizes import large_ones_slow
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
@@ -92,6 +93,15 @@ def test_a_replaced_linear_layer_counts(file):
     save_weights(network, file)  # which replaces the file that was there
     assert architecture_of(file)["arguments"] == {"num_classes": 4}
     assert outputs(revnet18(num_classes=4, weights=file)).equal(outputs(network))
+
+
+def test_a_plan_is_recorded_as_its_values(tmp_path):
+    found = plan(revnet38(), (2, 3, 32, 32), "1GB")
+    path = tmp_path / "weights.safetensors"
+    save_weights(revnet38(activations=found), path)
+    arguments = architecture_of(path)["arguments"]
+    assert arguments["activations"] == list(found)
+    revnet38(weights=path, **arguments)
 
 
 def test_numbers_of_numpy_are_recorded_as_numbers(file):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequence, set_activations
+from revnet.flows import nice
 from revnet.models import get_model
 from revnet.profiling import estimate, measure_memory, plan
 from revnet.profiling.costs import LayerCost, layer_costs
@@ -146,9 +147,17 @@ def test_an_impossible_budget_says_the_least_possible():
         plan(network, SHAPE, least - 1, optimizer=SGD)
 
 
+def test_what_reconstruction_of_everything_takes_is_enough():
+    network, shape = get_model("revnet38"), (64, 3, 32, 32)
+    least = estimate(network, shape).total
+    assert plan(network, shape, least).memory.total <= least
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="Linear has no ReversibleSequence, so there is nothing to plan"):
         plan(nn.Linear(3, 3), (2, 3), "1GB")
+    with pytest.raises(ValueError, match="Flow is a flow, whose layers are not planned for one by one"):
+        plan(nice((8,), hidden=8, layers=1, dequantise=False), (2, 8), "1GB")
     with pytest.raises(ValueError, match="budget must be a positive integer"):
         plan(get_model("revnet38"), SHAPE, "1 gallon")
     with pytest.raises(ValueError, match=r"input_shape=\(4, 5, 16, 16\)"):

@@ -2,6 +2,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 
 from revnet.flows import nice
 from revnet.training import Classifier, DensityEstimator, FullyShard, WeightAverage
@@ -19,3 +20,13 @@ def test_what_cannot_be_sharded_is_refused_at_once(module, callbacks, message):
     module.trainer = SimpleNamespace(callbacks=callbacks)
     with pytest.raises(ValueError, match=message):
         FullyShard(timedelta(minutes=1)).connect(module)
+
+
+def test_normalisation_that_would_not_be_synchronised_is_refused():
+    module = Classifier(tiny_network())
+    module.trainer = SimpleNamespace(callbacks=[])
+    trainer = pl.Trainer(
+        accelerator="cpu", strategy=FullyShard(timedelta(minutes=1)), sync_batchnorm=True, logger=False
+    )
+    with pytest.raises(ValueError, match="sync_batchnorm=true does not go with trainer=fsdp"):
+        trainer.strategy.connect(module)
