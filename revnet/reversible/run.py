@@ -48,7 +48,7 @@ class Run:
         if any(type(p) not in (nn.Parameter, Tensor) for p in unique):
             _check_materialised(self)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _check_unsharded(self)
+            _check_unsharded(self, modules)
         return unique
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -133,13 +133,13 @@ def _check_materialised(run: Run) -> None:
             )
 
 
-def _check_unsharded(run: Run) -> None:
+def _check_unsharded(run: Run, modules: list[nn.Module]) -> None:
     from torch.distributed.fsdp import FSDPModule
 
-    for name, module in run.named_modules():
-        if isinstance(module, FSDPModule):
-            raise ValueError(
-                f"{name} of a reversible sequence was given to fully_shard, whose hooks do not reach the second "
-                f"evaluation of a branch; give it the whole sequence or the network instead, or keep the activations "
-                f'of that layer (activations="store")'
-            )
+    if any(isinstance(module, FSDPModule) for module in modules):
+        name = next(name for name, module in run.named_modules() if isinstance(module, FSDPModule))
+        raise ValueError(
+            f"{name} of a reversible sequence was given to fully_shard, whose hooks do not reach the second evaluation "
+            f"of a branch; give it the whole sequence or the network instead, or keep the activations of that layer "
+            f'(activations="store")'
+        )
