@@ -17,7 +17,7 @@ train: $(READY) ## Train RevNet-38 and ResNet-32 on real digits and compare them
 test: lint check-wheel ## Lint, types, the wheel check, then every test that is neither slow nor for a GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu" --promises --numprocesses 2 --dist loadfile
 
-test-slow: $(READY) ## The tests that take minutes
+test-slow: $(READY) ## The tests that take long
 	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses 2
 
 test-gpu: $(READY) ## The tests that need a CUDA device

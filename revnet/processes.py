@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["rank", "started", "agree", "leave_group"]
+__all__ = ["rank", "started", "started_by_slurm", "agree", "leave_group"]
 
 
 def rank() -> int:
     """The number of this process, 0 for the first and for a process alone."""
     slurm, own = "SLURM_PROCID", "LOCAL_RANK"  # own: Lightning's, for the processes that it starts
-    names = ("RANK", slurm, own) if _started_by_slurm() else ("RANK", own, slurm)  # RANK: torchrun's
+    names = ("RANK", slurm, own) if started_by_slurm() else ("RANK", own, slurm)  # RANK: torchrun's
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-def _started_by_slurm() -> bool:
+def started_by_slurm() -> bool:
     """Whether Lightning takes the processes for Slurm's; in an interactive shell there it starts them itself."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def started() -> int:
     """How many processes torchrun or srun has started for this run."""
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS" if _started_by_slurm() else "WORLD_SIZE", "1"))
+    of_slurm = started_by_slurm() and "RANK" not in os.environ  # RANK: torchrun's, which srun may have started
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS" if of_slurm else "WORLD_SIZE", "1"))
 
 
 def agree(directory: str) -> str:

@@ -25,6 +25,8 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("revnet.timm needs timm: pip install 'revnet[timm]'") from error
 
+torch.fx.wrap("check_squeezable")  # in this module's functions, too
+
 __all__ = [
     "TimmRevNet",
     "revnet18",

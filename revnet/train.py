@@ -153,7 +153,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
             f"trainer=fsdp or trainer=slurm"
         )
     sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeps and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+    starts_others = trainer.world_size > 1 and not cluster.creates_processes_externally
+    if sweeps and starts_others and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ValueError(
             f"trainer.devices={cfg.trainer.devices}: the runs of a sweep (-m) start no further processes; start them "
             f"one by one, or with hydra/launcher=slurm trainer=slurm"

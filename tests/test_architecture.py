@@ -28,6 +28,7 @@ LAYERS = {
     "revnet.torchvision": {"revnet.models", "torch", "torchvision"},
     "revnet.profiling": {"revnet.reversible", "torch"},
     "revnet.data": {
+        "revnet.processes",
         *("torch", "torchvision", "webdataset", "pytorch_lightning"),
         *("numpy", "PIL", "rich", "sklearn"),
     },

@@ -588,6 +588,7 @@ def test_help_and_a_mistyped_name_do_not_wait_for_lightning(tmp_path: Path) -> N
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "hydra" in run.stdout.split()
     assert "pytorch_lightning" not in run.stdout.split()
+    assert "torch._dynamo" not in run.stdout.split()
 
 
 @pytest.mark.parametrize("content", ["", "- seed=1\n- [", "{seed: 1}"])

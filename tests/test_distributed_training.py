@@ -90,7 +90,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_with_the_doubled_batch(
     trainer: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,8 +143,15 @@ def two_processes(directory: Path, trainer: str, *arguments: str) -> Iterator[li
         yield [first, second]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("trainer", "told"), [("ddp", (1, 0)), ("ddp", (0,)), ("ddp", (1,)), ("fsdp", (0, 1))])
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ("ddp", (1, 0)),
+        pytest.param("fsdp", (0, 1), marks=pytest.mark.slow),
+        pytest.param("ddp", (0,), marks=pytest.mark.slow),
+        pytest.param("ddp", (1,), marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_of_two_processes_stops_where_both_are_whenever_one_is_told_to(
     trainer: str, told: tuple[int, ...], tmp_path: Path
 ) -> None:

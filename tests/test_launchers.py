@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -13,13 +14,17 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 
 from revnet import train
 from revnet.cli import compose
-from revnet.processes import _started_by_slurm, rank
+from revnet.processes import rank, started_by_slurm
 from tests.commands import invoke
 
 TINY = (
     *("data=fake", "data.image_shape=[3,8,8]", "trainer=cpu", "threads=1", "debug=fast"),
     *("model=resnet32", "logger=csv", "callbacks=none"),
 )
+
+
+def raises_value_error(*_: Any, **__: Any) -> None:
+    raise ValueError("as far as fit")
 
 
 def sweep(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -99,11 +104,16 @@ def test_every_launcher_numbers_the_processes(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert rank() == number
-    assert _started_by_slurm() == SLURMEnvironment.detect()
+    assert started_by_slurm() == SLURMEnvironment.detect()
 
 
 @pytest.mark.parametrize(
-    "variables", [{"WORLD_SIZE": "2", "RANK": "0"}, {**TASK, "SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "8"}]
+    "variables",
+    [
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        {**TASK, "SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "8"},
+        {**TASK, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": "2", "RANK": "0"},  # srun torchrun
+    ],
 )
 def test_several_processes_that_would_all_train_alone_are_refused(
     variables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +147,21 @@ def test_runs_of_a_sweep_that_would_start_processes_are_refused(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("revnet-train")]
     assert len(lines) == 2
     assert all("trainer.devices=2: the runs of a sweep (-m) start no further processes" in line for line in lines)
+
+
+def test_runs_of_a_sweep_may_be_of_tasks_that_slurm_has_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hydra/launcher=slurm starts them: this one goes on to `num_workers`, which is refused when it fits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", raises_value_error)
+    tasks = {**TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "8"}
+    for name, value in {**tasks, "SLURM_STEP_NUM_TASKS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=8")
+    assert invoke(train.main, "-m", *TINY, *several, "seed=0,1") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("revnet-train")]
+    assert [line.rpartition(": ")[2] for line in lines] == ["as far as fit"] * 2
 
 
 def test_a_sweep_under_torchrun_is_refused_in_one_line(

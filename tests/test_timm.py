@@ -304,6 +304,7 @@ def test_a_fully_reversible_network_has_no_features_at_its_stages():
     assert model(images(device="meta")).shape == (2, 1000)
     with pytest.raises(ValueError, match=r"\(2, 3, 48, 48\): height and width must be multiples of 32"):
         model(torch.empty(2, 3, 48, 48, device="meta"))
+    assert torch.fx.symbolic_trace(model)(images(device="meta")).shape == (2, 1000)
     with pytest.raises(ValueError, match=r"features_only=True, downsampling='space_to_depth'.*leave one"):
         on_meta("revnet50", downsampling="space_to_depth", features_only=True)
 

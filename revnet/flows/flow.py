@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Flow(nn.Module):
 
     def _origin(self) -> Tensor:
         """The latent vector 0, on the device and in the dtype of the flow."""
-        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        like = next((t for t in chain(self.parameters(), self.buffers()) if t.is_floating_point()), None)
         return torch.zeros(self.dims) if like is None else like.new_zeros(self.dims)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:

@@ -32,9 +32,11 @@ class _FromFirstBatch(Bijection):
     def _look_at(self, x: Tensor, dims: list[int]) -> None:
         # A second evaluation in the backward pass has the buffers of the first, and is none to initialise.
         if self.training and not self._seen and not is_recomputing():
-            self._learn_from(x, dims)
+            learn = type(self)._learn_from
+            if torch.compiler.is_compiling():  # asked for here alone, as it loads the compiler
+                learn = torch.compiler.disable(learn, reason="the first batch is looked at by eager code")
+            learn(self, x, dims)
 
-    @torch.compiler.disable  # the first batch is looked at by eager code
     def _learn_from(self, x: Tensor, dims: list[int]) -> None:
         if not has_values(x):
             return
@@ -53,15 +55,16 @@ class _FromFirstBatch(Bijection):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self._seen = False
+        self._seen = has_values(self.initialised) and bool(self.initialised)
 
 
 class Scaling(_FromFirstBatch):
     """y = x * exp(s), component by component; log-determinant sum(s).
 
     The first batch that goes forward through it in training mode sets s so that every component of that batch comes out
-    with variance 1, as in `ActNorm`: where the data are almost constant, as at the border of digits, the likelihood is
-    highest under factors of hundreds, to which steps of 1e-3 take thousands of batches.
+    with variance 1, as in `ActNorm`, unless s has been trained by way of the inverse before: where the data are almost
+    constant, as at the border of digits, the likelihood is highest under factors of hundreds, to which steps of 1e-3
+    take thousands of batches.
 
     Source: Dinh, Krueger, Bengio 2014 (NICE), section 3.3; there without a word on how s begins.
 
@@ -102,7 +105,8 @@ class ActNorm(_FromFirstBatch):
 
     The first batch that goes forward through it in training mode sets b and s so that every channel of that batch comes
     out with mean 0 and variance 1; from then on they are ordinary parameters. (Over the batches of all processes where
-    torch.distributed runs.) Until then, and under `inverse`, it does with them what it would later: nothing at first.
+    torch.distributed runs; where they have been trained by way of the inverse before, they stay.) Until then, and under
+    `inverse`, it does with them what it would later: nothing at first.
 
     Source: Kingma, Dhariwal 2018 (Glow), section 3.1.
 

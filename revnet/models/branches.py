@@ -144,7 +144,7 @@ class BasicBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
             h = as_convolved(self.bn1(x))
-            x = relu(h) if h is x else self.relu(h)
+            x = self.relu(h.clone() if h is x else h)  # which writes there
         x = self.conv1(x)
         return self.conv2(self.relu(self.bn2(x)))
 
@@ -200,7 +200,7 @@ class BottleneckBranch(nn.Module):
         if self.bn1 is not None:
             # The pixels that the convolution passes over are dropped ahead of the ReLU, which then keeps so much less.
             h = as_convolved(self.bn1(x))
-            x = self.relu(h) if self.stride == 1 and h is not x else relu(subsample(h, self.stride))
+            x = self.relu(h.clone() if h is x else h) if self.stride == 1 else relu(subsample(h, self.stride))
         else:
             x = subsample(x, self.stride)
         x = self.conv1(x)

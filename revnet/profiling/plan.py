@@ -121,7 +121,8 @@ def plan(
     stored = planned(("store",) * len(costs))
     if needed(stored) <= available:
         return stored
-    best = planned(leanest(costs))
+    lean = leanest(costs)
+    best = planned(lean)
     if needed(best) > available:  # predictions are a little off, and may have spent more than that on time
         set_activations(copy, "reconstruct")
         best = min(best, planned(tuple(slot.value() for slot in slots(copy))), key=needed)
@@ -132,7 +133,7 @@ def plan(
         )
     # At the borders of runs the search's figures are a little off those of the step as a whole. The places of the
     # bisection do not depend on the budget, so that more of it never gives a slower plan.
-    low, high = predicted_peak(costs, best.values), predicted_peak(costs, stored.values)
+    low, high = predicted_peak(costs, lean), predicted_peak(costs, stored.values)
     for _ in range(HALVINGS):
         middle = (low + high) // 2
         values = cheapest(costs, middle)

@@ -218,7 +218,7 @@ class Evaluation:
                     restore.append((owner._buffers, name, value))
                     if then is not None and id(then) not in copies:
                         copies[id(then)] = then.clone()
-                        copies[id(then)].__dict__.update(then.__dict__)
+                        vars(copies[id(then)]).update(vars(then) | vars(copies[id(then)]))
                     owner._buffers[name] = None if then is None else copies[id(then)]
             yield aliases
         finally:

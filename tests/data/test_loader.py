@@ -4,7 +4,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
 def test_a_script_ends_where_a_loader_has_processes(split):
     """The loader itself is gone by then, and its iterator is not."""
     lines = [

@@ -194,13 +194,14 @@ def test_every_pass_is_another_epoch_where_no_trainer_counts_them():
     ("variables", "number"),
     [
         ({}, 2),
-        ({"SLURM_CPUS_PER_TASK": "8"}, 2),  # of `salloc`, whose processes share what there is
-        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_STEP_ID": "0"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, 2),  # srun --pty bash
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "RANK": "0"}, 2),  # srun torchrun
     ],
 )
 def test_a_device_has_its_share_of_the_processors(variables, number, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    for name in ("SLURM_CPUS_PER_TASK", "SLURM_STEP_ID"):
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_NTASKS", "SLURM_JOB_NAME", "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

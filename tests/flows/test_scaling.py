@@ -120,6 +120,7 @@ def test_what_was_learnt_by_way_of_the_inverse_is_kept(layer):
 @EVERY
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the compiler
 def test_a_compiled_flow_learns_from_its_first_batch_as_an_eager_one(activations):
+    torch._dynamo.reset()
     flow = nice((4,), hidden=8, layers=1, dequantise=False, activations=activations)
     eager, x = copy.deepcopy(flow), 5 * torch.randn(16, 4)
     torch.testing.assert_close(torch.compile(flow, backend="aot_eager")(x), eager(x))

@@ -89,7 +89,7 @@ def test_the_peak_that_the_search_expects_is_that_of_the_step(name, exact):
         assert predicted_peak(costs, values) <= (memory.peak + memory.gradients) * (1 + tolerance)
 
 
-@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [pytest.param(None, marks=pytest.mark.slow), torch.bfloat16])
 def test_the_step_that_was_planned_stays_within_the_budget(dtype):
     network = get_model("revnet38")
     before = [slot.value() for slot in slots(network)]
