@@ -157,7 +157,7 @@ def test_debug(option: str) -> None:
     assert (trainer.limit_train_batches, trainer.limit_val_batches) == batches
 
 
-@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+@pytest.mark.parametrize("package", ["wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
 def test_a_logger_whose_package_is_missing_names_what_to_install(package: str, tmp_path: Path) -> None:
     """In a process of its own: Lightning looks for packages once."""
     code = f"""

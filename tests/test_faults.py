@@ -209,10 +209,10 @@ FLOW = ("model=nice", "model.hidden=8", "model.layers=1", "data.normalization=un
         ("SIGTERM", 12, 12, 143, ()),  # an epoch's last
         ("SIGINT", 10, 10, 130, ()),
         pytest.param("SIGTERM", 9, 9, 143, ("data.num_workers=1",), marks=pytest.mark.slow),
-        ("SIGTERM", 9, 4, 143, ("trainer.accumulate_grad_batches=2",)),
+        pytest.param("SIGTERM", 9, 4, 143, ("trainer.accumulate_grad_batches=2",), marks=pytest.mark.slow),
         ("SIGTERM", 9, 5, 143, AVERAGE),
         pytest.param("SIGTERM", 9, 9, 143, ("trainer.max_steps=16",), marks=pytest.mark.slow),
-        ("SIGTERM", 12, 12, 143, ("trainer.max_steps=16",)),
+        pytest.param("SIGTERM", 12, 12, 143, ("trainer.max_steps=16",), marks=pytest.mark.slow),
         pytest.param("SIGTERM", 9, 9, 143, VALIDATED, marks=pytest.mark.slow),  # a validation of five batches follows
         pytest.param("SIGINT", 3, 3, 130, (*VALIDATED, "+trainer.val_check_interval=3"), marks=pytest.mark.slow),
     ],
@@ -250,7 +250,7 @@ def test_a_training_that_is_told_to_stop_saves_and_says_how_to_go_on(
         ),
         pytest.param("SIGTERM", 2, 3, ("+trainer.val_check_interval=3",), marks=pytest.mark.slow),
         ("SIGTERM", 7, 3, ("+trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2")),
-        ("SIGTERM", 5, 9, ()),  # the last of a validation
+        pytest.param("SIGTERM", 5, 9, (), marks=pytest.mark.slow),  # the last of a validation
     ],
 )
 def test_a_training_that_is_told_to_stop_while_it_validates_goes_on_to_the_same_bits(
@@ -694,6 +694,7 @@ LastCheckpoint.on_train_batch_end = limit
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_a_process_that_gets_no_more_memory_ends_in_one_line(tmp_path: Path) -> None:
     process = start(tmp_path / "run", *TRAINING, "data.image_shape=[3,64,64]", "data.batch_size=128", script=LIMIT)
     line = process.communicate()[1].splitlines()[-1]
@@ -776,6 +777,7 @@ def test_overrides_given_now_hold_on_top_of_those_that_were_saved(tmp_path: Path
     assert outcome(tmp_path / "run")["global_step"] == 12
 
 
+@pytest.mark.slow
 def test_a_training_killed_before_its_first_checkpoint_begins_again(
     undisturbed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_single_value_for_what_an_experiment_sweeps_is_no_sweep(capsys: pytest
     assert capsys.readouterr().out.startswith("cell 1 of 1: memory ")
 
 
+@pytest.mark.slow
 def test_an_experiment_lays_down_a_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     swept = ("model='resnet32,revnet38'", "activations=store", "batch_size='2'")
     options = ("mode=estimate", "hydra.sweep.dir=sweep", *(f"hydra.sweeper.params.{values}" for values in swept))

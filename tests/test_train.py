@@ -297,6 +297,7 @@ def without_services() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
 
 
+@pytest.mark.slow
 def test_wandb_has_metrics_and_configuration(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "revnet.train", *TINY, "logger=wandb", "logger.wandb.offline=true", "run_dir=here"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=without_services())

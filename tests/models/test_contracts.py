@@ -140,7 +140,7 @@ def total(outputs):
     return sum(output.square().mean() for output in outputs.values())
 
 
-@BUILDERS
+@NOT_LARGE
 def test_an_extractor_gives_the_outputs_of_the_stages(name):
     network, truth, x = get_model(name).eval(), {}, images()
     for stage in STAGES:
@@ -207,7 +207,7 @@ def test_onnx_has_the_same_output(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
 
 
-@BUILDERS
+@NOT_LARGE
 def test_another_number_of_classes(name):
     network, x = get_model(name, num_classes=3), images()
     network.fc = nn.Linear(network.fc.in_features, 5)
