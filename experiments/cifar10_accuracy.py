@@ -147,7 +147,10 @@ def values(directory: Path, column: str) -> list[float]:
 
 
 def starts(directory: Path) -> list[dict[str, Any]]:
-    """Date, command, commit and threads with which the run was begun, and gone on with (before 2026-11-29: begun)."""
+    """Date, command, commit and threads with which the run was begun, and gone on with.
+
+    Runs of before 2026-11-29 have told of their beginning alone.
+    """
     records = sorted(directory.glob("environment*.json"), key=lambda record: record.stat().st_mtime)
     found = [json.loads(record.read_text()) for record in records]
     return [{key: start.get(key) for key in ("date", "command", "commit", "threads")} for start in found]

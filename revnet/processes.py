@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["rank", "started", "started_by_slurm", "agree", "leave_group"]
+__all__ = ["rank", "is_slurm_task", "started", "started_by_slurm", "agree", "leave_group"]
 
 
 def rank() -> int:
@@ -19,10 +19,14 @@ def started_by_slurm() -> bool:
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
+def is_slurm_task() -> bool:
+    """Whether srun has started this very process, and not a torchrun that is its parent."""
+    return started_by_slurm() and "RANK" not in os.environ
+
+
 def started() -> int:
     """How many processes torchrun or srun has started for this run."""
-    of_slurm = started_by_slurm() and "RANK" not in os.environ  # RANK: torchrun's, which srun may have started
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS" if of_slurm else "WORLD_SIZE", "1"))
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS" if is_slurm_task() else "WORLD_SIZE", "1"))
 
 
 def agree(directory: str) -> str:

@@ -80,8 +80,6 @@ def train(cfg: DictConfig) -> dict[str, float]:
     import pytorch_lightning as pl
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
     from pytorch_lightning.plugins.environments import SLURMEnvironment
-    from pytorch_lightning.strategies import DDPStrategy
-    from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
     from revnet.training import (
         AtomicCheckpoints,
@@ -147,23 +145,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if isinstance(cluster, SLURMEnvironment) and not cfg.trainer.get("plugins"):
         # Its own checkpoints would be tested, and gone on from, in the place of ours.
         cluster.auto_requeue = False
-    if trainer.world_size == 1 < started():
-        raise ValueError(
-            f"{started()} processes were started, each of which would train by itself: choose trainer=ddp, "
-            f"trainer=fsdp or trainer=slurm"
-        )
-    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    starts_others = trainer.world_size > 1 and not cluster.creates_processes_externally
-    if sweeps and starts_others and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        raise ValueError(
-            f"trainer.devices={cfg.trainer.devices}: the runs of a sweep (-m) start no further processes; start them "
-            f"one by one, or with hydra/launcher=slurm trainer=slurm"
-        )
-    if trainer.world_size == 1 and isinstance(trainer.strategy, DDPStrategy):
-        raise ValueError(
-            "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "
-            "choose trainer=gpu or trainer=cpu, or more devices"
-        )
+    _refuse_processes(trainer, cfg)
     if cfg.memory_budget is not None:
         spend_memory(
             task.network.to(trainer.strategy.root_device),  # whose kernels and optimizer are planned for
@@ -204,6 +186,31 @@ def train(cfg: DictConfig) -> dict[str, float]:
         files = {"tested weights": best or "the last ones", "run directory": cfg.run_dir}
         print_summary(cfg.name, task, metrics, epochs, monitor, files)
     return metrics
+
+
+def _refuse_processes(trainer: Trainer, cfg: DictConfig) -> None:
+    """ValueError where the processes that there are, or would be started, do not go with the trainer."""
+    from pytorch_lightning.strategies import DDPStrategy
+    from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+
+    if trainer.world_size == 1 < started():
+        raise ValueError(
+            f"{started()} processes were started, each of which would train by itself: choose trainer=ddp, "
+            f"trainer=fsdp or trainer=slurm"
+        )
+    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    cluster = trainer._accelerator_connector.cluster_environment
+    starts_others = trainer.world_size > 1 and not cluster.creates_processes_externally
+    if sweeps and starts_others and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ValueError(
+            f"trainer.devices={cfg.trainer.devices}: the runs of a sweep (-m) start no further processes; start them "
+            f"one by one, or with hydra/launcher=slurm trainer=slurm"
+        )
+    if trainer.world_size == 1 and isinstance(trainer.strategy, DDPStrategy):
+        raise ValueError(
+            "trainer.strategy=ddp is for several processes, but trainer.devices and trainer.num_nodes make one: "
+            "choose trainer=gpu or trainer=cpu, or more devices"
+        )
 
 
 def _say_what_changed(then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ TINY = (
 )
 
 
-def raises_value_error(*_: Any, **__: Any) -> None:
+def stops_here(*_: Any, **__: Any) -> None:
     raise ValueError("as far as fit")
 
 
@@ -152,9 +152,9 @@ def test_runs_of_a_sweep_that_would_start_processes_are_refused(
 def test_runs_of_a_sweep_may_be_of_tasks_that_slurm_has_started(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As hydra/launcher=slurm starts them: this one goes on to `num_workers`, which is refused when it fits."""
+    """As those of hydra/launcher=slurm."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pytorch_lightning.Trainer.fit", raises_value_error)
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", stops_here)
     tasks = {**TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "8"}
     for name, value in {**tasks, "SLURM_STEP_NUM_TASKS": "8"}.items():
         monkeypatch.setenv(name, value)

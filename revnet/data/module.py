@@ -18,7 +18,7 @@ from revnet.data.epochs import EpochLoader, Epochs, Places
 from revnet.data.loader import Loader, leave_signals_to_the_trainer
 from revnet.data.normalize import Normalize
 from revnet.data.split import stratified_split
-from revnet.processes import started_by_slurm
+from revnet.processes import is_slurm_task
 
 __all__ = ["ImageDataModule"]
 
@@ -144,8 +144,7 @@ class ImageDataModule(pl.LightningDataModule):
         if isinstance(images, TensorImages):
             return 0
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Of a task that srun has started, and torchrun within it has not: they are its own already.
-        is_share = started_by_slurm() and "SLURM_CPUS_PER_TASK" in os.environ and "RANK" not in os.environ
+        is_share = is_slurm_task() and "SLURM_CPUS_PER_TASK" in os.environ
         devices = 1 if is_share or not self.trainer else self.trainer.num_devices
         return min(16, max(1, processors // devices))
 

@@ -115,12 +115,11 @@ class Flow(nn.Module):
     @property
     def prior(self) -> Distribution:
         """The distribution of the latent vector: a named one on the device and in the dtype of the flow."""
-        return PRIORS[self._prior](self._origin()) if isinstance(self._prior, str) else self._prior
+        return PRIORS[self._prior](self._like().new_zeros(self.dims)) if isinstance(self._prior, str) else self._prior
 
-    def _origin(self) -> Tensor:
-        """The latent vector 0, on the device and in the dtype of the flow."""
-        like = next((t for t in chain(self.parameters(), self.buffers()) if t.is_floating_point()), None)
-        return torch.zeros(self.dims) if like is None else like.new_zeros(self.dims)
+    def _like(self) -> Tensor:
+        """A tensor on the device and in the dtype of the flow."""
+        return next((t for t in chain(self.parameters(), self.buffers()) if t.is_floating_point()), torch.empty(0))
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """`log_prob`, for what calls modules: DistributedDataParallel, torch.compile, `revnet.profiling`."""
@@ -264,7 +263,7 @@ class Flow(nn.Module):
     def _for_each(self, context: Any, n: int) -> Any:
         """One label for all becomes one for each."""
         if isinstance(context, int) or (isinstance(context, Tensor) and context.ndim == 0):
-            return torch.as_tensor(context, device=self._origin().device).expand(n)
+            return torch.as_tensor(context, device=self._like().device).expand(n)
         return context
 
     def _embedded(self, context: Any, n: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from revnet.reversible.buffers import (
     version_of,
 )
 from revnet.reversible.drift import Sample
+from revnet.reversible.generators import random_replayed, random_states
 from revnet.reversible.layer import State, as_state
 from revnet.reversible.names import COMPILED, names_in
 
@@ -59,7 +60,6 @@ class _Local(threading.local):
     tape: list[tuple[Any, Evaluation]] | None = None
     recorded: nn.Module | None = None
     sampling = False
-    random: tuple[Tensor, ...] = ()
 
 
 _local = _Local()
@@ -78,46 +78,6 @@ def is_recomputing() -> bool:
         False
     """
     return _local.recomputing
-
-
-def _has_generator(device: torch.device) -> bool:
-    """Whether the device draws from a generator of its own: accelerators do, meta has none."""
-    return device.type not in ("cpu", "meta")
-
-
-def _random_states(device: torch.device) -> tuple[Tensor, ...]:
-    """States of the random generators: the tuple returned before while they are the same, so that one copy is kept."""
-    states = [torch.get_rng_state()]
-    if _has_generator(device):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    if not _equal(states, _local.random):
-        _local.random = tuple(states)
-    return _local.random
-
-
-def _equal(states: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    with torch._C._DisableTorchDispatch():  # the states are real even where fake tensors are computed with
-        return len(states) == len(others) and all(map(torch.equal, states, others))
-
-
-@contextmanager
-def _random_replayed(
-    states: tuple[Tensor, ...], device: torch.device, inner: AbstractContextManager[None]
-) -> Iterator[None]:
-    now = _random_states(device)
-    if now is not states and not _equal(now, states):  # in another thread than the forward pass they are never the same
-        _set_random_states(states, device)
-    try:
-        with inner:
-            yield
-    finally:
-        _set_random_states(now, device)
-
-
-def _set_random_states(states: tuple[Tensor, ...], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +178,7 @@ class Evaluation:
                     restore.append((owner._buffers, name, value))
                     if then is not None and id(then) not in copies:
                         copies[id(then)] = then.clone()
+                        # What a subclass keeps of its own is there already, and is a copy.
                         vars(copies[id(then)]).update(vars(then) | vars(copies[id(then)]))
                     owner._buffers[name] = None if then is None else copies[id(then)]
             yield aliases
@@ -231,7 +192,7 @@ class Evaluation:
     def surroundings(self, autocast: Autocast | None) -> AbstractContextManager[None]:
         """Random generators and autocast as they were during the first evaluation; None: autocast is as it was."""
         surrounded = nullcontext() if autocast is None else autocast.restored()
-        return _random_replayed(self.random, self.device, surrounded)
+        return random_replayed(self.random, self.device, surrounded)
 
 
 def _lists_of_weights(module: nn.RNNBase, aliases: dict[int, Tensor]) -> dict[str, list[Any]]:
@@ -286,7 +247,7 @@ def observe(
     modes = tuple([(m, m.training) for m in modules])
     owners = tuple([m for m in modules if m._parameters or m._buffers])
     try:
-        random = _random_states(device)
+        random = random_states(device)
         named = set().union(*map(names_in, modules))
         reads_statistics = not named.isdisjoint(STATISTICS)
         buffers = copy_buffers(owners, reads_statistics)

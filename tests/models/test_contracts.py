@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from revnet import ReversibleSequence, set_activations
 from revnet.models import get_model
 from revnet.profiling import measure_memory
-from tests.sizes import large_ones_slow
+from tests.sizes import large_ones_slow, others_slow
 
 BASIC = ["revnet18", "revnet34"]
 BOTTLENECK = ["revnet50", "revnet101", "revnet152", "revnext50_32x4d", "wide_revnet50_2"]
@@ -190,10 +190,7 @@ def test_an_exported_network_has_the_same_output(name):
     assert torch.equal(exported.module()(x), network(x))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["revnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILY if name != "revnet18")],
-)
+@pytest.mark.parametrize("name", others_slow(FAMILY, ["revnet18"]))
 def test_onnx_has_the_same_output(name, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -10,15 +10,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from revnet.models import get_model, list_models
 from revnet.profiling import estimate, measure_memory
 from revnet.profiling.memory import memory_of_step
+from tests.sizes import others_slow
 
-FEW = ["revnet38", "resnet32", "revnet18", "revnet50"]
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 @pytest.mark.filterwarnings("ignore:Module is None:UserWarning")
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in list_models()]
-)
+@pytest.mark.parametrize("name", others_slow(list_models(), ["revnet38", "resnet32", "revnet18", "revnet50"]))
 @pytest.mark.parametrize("activations", ["store", "recompute", "reconstruct"])
 def test_estimate_agrees_with_torchs_mem_tracker(name, activations):
     network, x = get_model(name, activations=activations), torch.randn(2, 3, 32, 32)
