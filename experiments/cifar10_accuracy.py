@@ -2,9 +2,9 @@
 
 The same recipe for all: bf16 autocast, channels_last, batch 128, shifts, mirror images, cutout, label smoothing, one
 cycle of SGD with Nesterov momentum, or with --recipe muon of Muon, with averaged weights (needs timm); muon_mixup is
-the same with more regularisation, muon_long with that but for its weight decay, for more epochs. The epoch that is best
-on a fixed part of the training images (a tenth, under muon_mixup and muon_long 4 %) is tested, once as it is and once
-with the logits of every image and its mirror image averaged.
+the same with more regularisation, muon_light with that but for its weight decay, which is muon's. The epoch that is
+best on a fixed part of the training images (a tenth, under muon_mixup and muon_light 4 %) is tested, once as it is and
+once with the logits of every image and its mirror image averaged.
 Activations are stored where the network is no RevNet, reconstructed where it is: "revnet38" in floating point,
 "revnet38 exact" on the grid; "revnet38 exact stored" stores them and comes to the same bits in less
 time. In ROOT lies torchvision's CIFAR-10, or with --data image_folder a folder of images; what is in ROOT/train and
@@ -69,7 +69,7 @@ RECIPES = {
     "sgd": ("cifar10_fast", ("data.batch_size=128", "optimizer.lr=0.1")),
     "muon": ("cifar10_muon", ()),
     "muon_mixup": ("cifar10_muon_mixup", ()),
-    "muon_long": ("cifar10_muon_mixup", ("optimizer.weight_decay=0.02",)),  # for 90 epochs
+    "muon_light": ("cifar10_muon_mixup", ("optimizer.weight_decay=0.02",)),
 }
 
 
@@ -165,7 +165,8 @@ def error(row: Row) -> float:
 
 def kind(row: Row) -> tuple[str, str, int]:
     """Network, recipe and epochs: what runs of several seeds have in common."""
-    recipe = next(name for name, (experiment, _) in RECIPES.items() if experiment == row["configuration"]["experiment"])
+    directory = row["configuration"]["run_dir"]
+    recipe = next((name for name in RECIPES if directory.endswith(f"_{name}")), "sgd")
     return row["network"], recipe, row["epochs"]
 
 
