@@ -103,7 +103,7 @@ def run(network: str, seed: int, options: argparse.Namespace) -> Row:
     images = torch.randn(128, 3, 32, 32, device=options.device).contiguous(memory_format=torch.channels_last)
     module = get_model(name, **arguments).to(options.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(128, dtype=torch.long, device=options.device)
-    memory = measure_memory(module, images, lambda y: F.cross_entropy(y.float(), labels), torch.bfloat16)
+    memory = measure_memory(module, images, lambda y: F.cross_entropy(y.float(), labels), dtype=torch.bfloat16)
     rate = median(values(directory, "images_per_second"))
     configuration = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(configuration, dict)

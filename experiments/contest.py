@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet import ReversibleBlock
-
-__all__ = ["GRAPH", "capture", "plain_block", "take_turns"]
+__all__ = ["GRAPH", "capture", "take_turns"]
 
 GRAPH = ", CUDA graph"  # ends the name of a contestant that is replayed
-
-
-def plain_block(block: ReversibleBlock, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """A reversible block as a person would write it."""
-    y1 = x1 + block.f(x2)
-    return y1, x2 + block.g(y1)
 
 
 def take_turns(

@@ -78,7 +78,7 @@ def measure(name: str, dtype: str, options: argparse.Namespace) -> list[dict[str
 
         return step
 
-    peaks = {key: measure_memory(network, x, loss, autocast).peak for key, network in contestants.items()}
+    peaks = {key: measure_memory(network, x, loss, dtype=autocast).peak for key, network in contestants.items()}
     rounds = range(options.repeats + options.warmup)
     figures = take_turns(list(contestants), prepare, rounds, options.warmup, options.device)
     return [

@@ -51,7 +51,7 @@ def largest(network: nn.Module, budget: str, size: int, dtype: torch.dtype | Non
     """0 where not even one image fits."""
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     try:
-        return max_batch(network, budget, (3, size, size), dtype, sgd)
+        return max_batch(network, (3, size, size), budget, dtype=dtype, optimizer=sgd)
     except ValueError as error:
         if "a batch of 1 takes" not in str(error):
             raise

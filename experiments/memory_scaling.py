@@ -93,7 +93,7 @@ def peak(row: Row, measured: bool, device: str) -> int:
     shape = (row["batch"], 3, row["size"], row["size"])
     dtype = None if row["dtype"] == "float32" else torch.bfloat16
     if not measured:
-        return estimate(network, shape, dtype).peak
+        return estimate(network, shape, dtype=dtype).peak
     images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
     return measure_memory(network, images, dtype=dtype).peak
 

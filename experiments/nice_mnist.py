@@ -29,12 +29,13 @@ from recording import ROOT, hardware, record, resumed
 from rich.console import Console
 from torch import Tensor
 
+from revnet.build import build
 from revnet.cli import compose
 from revnet.data import MNIST
 from revnet.data.datasets import TensorImages
 from revnet.flows import Flow
 from revnet.reversible import ReversibleSequence
-from revnet.train import build, train
+from revnet.train import train
 from revnet.training import load_checkpoint, read_checkpoint
 from revnet.training.density import seeded
 

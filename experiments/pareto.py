@@ -35,15 +35,15 @@ import torch
 import torch.nn.functional as F
 from contest import take_turns
 from matplotlib.ticker import LogLocator
-from peers import peak_of
 from peers_contestants import contestants
+from plain_loop import PlainLoop
 from recording import allocator_keeps_memory, hardware, record, resumed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from step_peak import peak_of
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
-from training_step import PlainLoop
 
 from revnet import ReversibleBlock, ReversibleSequence, set_activations
 from revnet.models import RevNet, get_model

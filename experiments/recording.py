@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from revnet.profiling import KEEP_FREED_MEMORY
+from revnet.environment import environment
+from revnet.profiling import KEEP_FREED_MEMORY, device_name
 
 __all__ = ["RESULTS", "ROOT", "allocator_keeps_memory", "hardware", "record", "result_path", "resumed"]
 
@@ -25,26 +27,16 @@ RESULTS = ROOT / "experiments" / "results"
 
 def allocator_keeps_memory() -> None:
     """Starts the script again with `KEEP_FREED_MEMORY`, unless it runs so already."""
-    import os
-
     if all(os.environ.get(name) == value for name, value in KEEP_FREED_MEMORY.items()):
         return
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
 
 
-def _cpu() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
 def hardware(device: str = "cpu") -> dict[str, Any]:
     """The machine and the versions that a result depends on."""
     return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _cpu(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -67,14 +59,25 @@ def _stem(theme: str, device: str) -> str:
 
 
 def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], device: str = "cpu") -> None:
-    """Writes settings, hardware, command and rows as PATH.json."""
+    """Writes settings, hardware, command, rows and the commits at which rows were written, oldest first, as PATH.json.
+
+    A file that is there already is gone on with: its commits stay, ahead of the present one.
+    """
     command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
-    content = {"command": command, "hardware": hardware(device), "settings": settings, "rows": rows}
+    file, commit = path.with_suffix(".json"), environment()["commit"]
+    known = json.loads(file.read_text()).get("commits", []) if file.exists() else []
+    content = {
+        "command": command,
+        "commits": [*known, *([] if commit is None or commit in known else [commit])],
+        "hardware": hardware(device),
+        "settings": settings,
+        "rows": rows,
+    }
     # Paths are given from the root of the checkout, wherever that lay.
     text = json.dumps(content, indent=2).replace(f"{ROOT}/", "")
     part = path.with_suffix(".part")
     part.write_text(text + "\n")
-    part.replace(path.with_suffix(".json"))
+    part.replace(file)
 
 
 def resumed(

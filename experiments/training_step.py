@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,71 +27,22 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import GRAPH, capture, plain_block, take_turns
+from contest import GRAPH, capture, take_turns
+from plain_loop import PlainLoop
 from recording import allocator_keeps_memory, hardware, record, result_path
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from revnet import AdditiveCoupling, ReversibleBlock, ReversibleSequence, compile_branches, set_activations
+from revnet import ReversibleSequence, compile_branches, set_activations
 from revnet.models import RevNet, get_model
-from revnet.models.units import TransitionUnit
 from revnet.profiling import measure_memory
-from revnet.reversible import Split, split_halves
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 FORWARD = "forward without gradients"
-
-
-def unit(layers: list[nn.Module], state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """One unit as a person would write it: a block, or the transition and the coupling that is its other half."""
-    if isinstance(layers[0], ReversibleBlock):
-        return plain_block(layers[0], *state)
-    transition, coupling = layers
-    assert isinstance(transition, TransitionUnit)
-    assert isinstance(coupling, AdditiveCoupling)
-    x1, x2 = split_halves(state[0])
-    y1 = transition.shortcut1(x1) + transition.f(x2)
-    return y1.float(), (transition.shortcut2(x2) + coupling.branch(y1)).float()
-
-
-class PlainLoop(nn.Module):
-    """The network without the engine: ordinary autograd, or torch's checkpoint around every unit.
-
-    Under autocast the residual stream is fp32, as in the engine.
-    """
-
-    def __init__(self, network: RevNet, checkpointed: bool) -> None:
-        super().__init__()
-        self.network, self.checkpointed = network, checkpointed
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if self.checkpointed:
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
-
-    def forward(self, x: Tensor) -> Tensor:
-        net = self.network
-        x = self.run(lambda x: net.maxpool(net.relu(net.bn1(net.conv1(x)))).float(), x)
-        for name in net.stage_names:
-            first, second, *blocks = list(net.get_submodule(name).children())[:-1]  # all but the Merge
-            if isinstance(first, Split):
-                state, blocks = first(x), [second, *blocks]
-            else:
-                state = self.run(unit, [first, second], (x,))
-            x = self.run_blocks(name, blocks, state)
-        x = self.run(lambda x: net.avgpool(net.relu(net.norm(x))), x)
-        return net.fc(x.flatten(1))
-
-    def run_blocks(self, stage: str, blocks: Sequence[nn.Module], state: tuple[Tensor, ...]) -> Tensor:
-        """The output of a stage from the halves behind its transition."""
-        for block in blocks:
-            state = self.run(unit, [block], state)
-        return torch.cat(state, 1)
 
 
 def main() -> None:
@@ -173,7 +124,8 @@ def main() -> None:
         if name in graphs:
             row["peak_bytes"] = graphs[name][1]
         elif name != FORWARD and "compiled" not in name:
-            row["peak_bytes"] = measure_memory(prepare(name), x, lambda y: F.cross_entropy(y, target), autocast).peak
+            module = prepare(name)
+            row["peak_bytes"] = measure_memory(module, x, lambda y: F.cross_entropy(y, target), dtype=autocast).peak
         rows.append(row)
     theme = f"{options.model}_batch{options.batch}_step_{options.dtype}{'_graphs' * options.graphs}"
     path = result_path(theme, options.device)

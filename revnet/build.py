@@ -106,23 +106,32 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         ValueError: a count that Lightning would divide by, a precision that the device does not have, or an operation
             that needs other devices.
     """
-    for name in ("max_epochs", "max_steps"):
-        if isinstance(trainer.get(name), float):
-            raise ValueError(f"trainer.{name}={trainer[name]}: give a whole number")
+    given_otherwise = {
+        "callbacks": "+callbacks.NAME._target_=...",
+        "logger": "logger=...",
+        "default_root_dir": "run_dir",
+    }
+    for name, how in given_otherwise.items():
+        if name in trainer:
+            raise ValueError(f"trainer.{name} would not be looked at: it is given by {how}")
     for name, remedy in {
         "accumulate_grad_batches": "1 for a step after every batch",
         "check_val_every_n_epoch": "limit_val_batches=0 trains without validation",
         "val_check_interval": "limit_val_batches=0 trains without validation",
     }.items():
         value = trainer.get(name)
-        if name == "accumulate_grad_batches" and value is None:
-            raise ValueError(f"trainer.{name}=null: give a positive number; {remedy}")
         if isinstance(value, int | float) and value <= 0:
             raise ValueError(f"trainer.{name}={value}: give a positive number; {remedy}")
-        if name == "val_check_interval" and not isinstance(value, int | float | None):
-            raise ValueError(f"trainer.{name}={value}: give a number of batches, or a share of an epoch such as 0.25")
-        if isinstance(value, float) and name != "val_check_interval":
-            raise ValueError(f"trainer.{name}={value}: give a whole number")
+    for name in ("max_epochs", "max_steps", "accumulate_grad_batches", "check_val_every_n_epoch"):
+        if isinstance(trainer.get(name), float):
+            raise ValueError(f"trainer.{name}={trainer[name]}: give a whole number")
+    if trainer.get("accumulate_grad_batches") is None:
+        raise ValueError("trainer.accumulate_grad_batches=null: give a positive number; 1 for a step after every batch")
+    interval = trainer.get("val_check_interval")
+    if not isinstance(interval, int | float | None):
+        raise ValueError(
+            f"trainer.val_check_interval={interval}: give a number of batches, or a share of an epoch such as 0.25"
+        )
     if (trainer.gradient_clip_val or 0) < 0:
         raise ValueError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: give a norm, or null to clip nothing")
     cuda = trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
@@ -145,6 +154,10 @@ def refuse_odd_monitors(cfg: DictConfig) -> None:
         ValueError: that would be the worst one, another than was validated, or the last of several under one name.
     """
     callbacks = cfg.callbacks
+    for group in ("callbacks", "logger"):
+        for key, node in cfg[group].items():
+            if not isinstance(node, DictConfig | None):
+                raise ValueError(f"{group}.{key}={node}: null leaves it out; {group}=OPTION chooses another")
     for key, node in ((str(key), node) for key, node in callbacks.items()):
         kind = str((node or {}).get("_target_")).rpartition(".")[2]
         if kind not in ("EarlyStopping", "ModelCheckpoint") or not node.get("monitor"):

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from revnet.arguments import check_overrides
 from revnet.mistakes import KILLED, leave, mistake, unplaced, valid
 from revnet.processes import leave_group
-from revnet.run_directory import forget
+from revnet.run_directory import claim, forget
 
 __all__ = ["command", "compose"]
 
@@ -62,9 +62,12 @@ def command(
         @functools.wraps(task)
         def checked(cfg: DictConfig) -> Any:
             _silence()  # here too: a launcher may run the job in another process
+            run = HydraConfig.get()
+            if run.mode == RunMode.MULTIRUN:
+                claim(Path(run.runtime.output_dir), run.output_subdir)
             with _forgetting():
                 _check_places(cfg)
-                check_overrides(cfg, HydraConfig.get().overrides.task)
+                check_overrides(cfg, run.overrides.task)
                 return task(cfg)
 
         @functools.wraps(task)

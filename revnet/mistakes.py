@@ -92,7 +92,8 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, OmegaConfBaseException) or type(error).__name__ == "MisconfigurationException":
         return line
     if is_out_of_memory(error):
-        line = str(error).strip().rpartition("\n")[2]  # of a loader's process, behind its traceback
+        lines = str(error).strip().split("\n")  # more than one of a loader's process, and of CUDA
+        line = next((line for line in lines if re.search(NO_MEMORY, line)), lines[-1])
         return f"out of memory: {line}; give a smaller data.batch_size, or n to revnet-sample"
     if isinstance(error, OSError) and error.filename is not None:
         return line
@@ -120,6 +121,8 @@ def mistake(error: BaseException) -> str | None:
         return f"another process of the run has ended or hangs; go on with run_dir=... ckpt_path=last ({line[:200]})"
     if isinstance(error, RuntimeError) and line.startswith("Early stopping conditioned on metric"):
         return line
+    if isinstance(error, RuntimeError) and line.startswith("Found more than one stateful callback"):
+        return f"{line} (callbacks.best.save_top_k keeps several of the best checkpoints)"
     if type(error).__name__ == KILLED:
         return "a job was killed, most likely because memory ran out, and with it those beside and behind it"
     if type(error).__module__.partition(".")[0] in SERVICES:

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from revnet.cli import command
+from revnet.environment import environment
 from revnet.mistakes import leave
 from revnet.profiling import KEEP_FREED_MEMORY
 from revnet.report import end_sweep, print_cell
@@ -62,8 +63,6 @@ def _failed(reason: str) -> dict[str, Any]:
 @command("profile")
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Profile as the command line says, and write result.json."""
-    from revnet.training import environment  # it imports Lightning, which --help need not wait for
-
     job = HydraConfig.get()
     sweeping = job.mode == RunMode.MULTIRUN
     try:

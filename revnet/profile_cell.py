@@ -54,7 +54,7 @@ def profile_cell(cfg: DictConfig) -> dict[str, Any]:
     if cfg.mode == "estimate":
         return {"memory": _bytes(estimate(model, (cfg.batch_size, *shape), **options))}
     if cfg.mode == "max_batch":
-        most = max_batch(model, cfg.budget, shape, **options)
+        most = max_batch(model, shape, cfg.budget, **options)
         return {"max_batch": most, "memory": _bytes(estimate(model, (most, *shape), **options))}
     if cfg.mode == "plan":
         found = plan(model, (cfg.batch_size, *shape), cfg.budget, **options)

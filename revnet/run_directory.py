@@ -25,10 +25,11 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["KeepRuns", "checkpoints_of", "forget", "with_saved_overrides"]
+__all__ = ["KeepRuns", "checkpoints_of", "claim", "forget", "with_saved_overrides"]
 
 
 PLACE = "callbacks.last.dirpath"  # of the last checkpoints of a training
+STILL_GOES_ON = "the run in {} still goes on: wait for its end, or stop it"
 
 _locks: list[int] = []  # file descriptors that this process holds to its end: none or one
 _before: dict[str, set[Path]] = {}
@@ -47,6 +48,9 @@ class KeepRuns(Callback):
         """Look at the run's directory."""
         HydraConfig.instance().set_config(config)  # the directory's name refers to it
         directory = Path(config.hydra.run.dir)
+        if directory.parts[:1] == ("~",):
+            line = f"run_dir={directory}: nobody expands this ~; write $HOME/{directory.relative_to('~')}"
+            leave(config.hydra.job.config_name, line, status=2)
         if rank() > 0:
             with read_write(config.hydra):
                 config.hydra.run.dir, config.hydra.output_subdir = agree(str(directory)), None
@@ -61,8 +65,7 @@ class KeepRuns(Callback):
         elif config.hydra.output_subdir is not None:
             earlier = _records(directory, config.hydra.output_subdir)
             if earlier and not _lock(earlier[min(earlier)]):
-                line = f"the run in {directory} still goes on: wait for its end, or stop it"
-                leave(config.hydra.job.config_name, line, status=2)
+                leave(config.hydra.job.config_name, STILL_GOES_ON.format(directory), status=2)
             with read_write(config.hydra):
                 config.hydra.output_subdir += f"_{max(earlier) + 1}" if earlier else ""
         absolute = Path(os.path.abspath(directory))
@@ -83,6 +86,9 @@ class KeepRuns(Callback):
         if any(override.startswith("run_dir=") for override in config.hydra.overrides.task):
             line = "run_dir is the directory of one run; hydra.sweep.dir is that of a sweep, whose runs are numbered"
             leave(config.hydra.job.config_name, line, status=2)
+        if config.hydra.sweeper.get("max_batch_size") is not None:  # Hydra starts no batch behind a job that failed
+            line = "hydra.sweeper.max_batch_size: a job that fails would take later batches along; leave it out"
+            leave(config.hydra.job.config_name, f"{line} (hydra.launcher.n_jobs=2: two at a time)", status=2)
         directory = Path(config.hydra.sweep.dir)
         self._refuse(config, directory, "choose another hydra.sweep.dir")
         with self._claiming(config, directory):
@@ -103,6 +109,16 @@ class KeepRuns(Callback):
         if directory.is_dir() and any(directory.iterdir()):
             line = f"{directory} is not empty and nothing is written over: {remedy}"
             leave(config.hydra.job.config_name, line, status=2)
+
+
+def claim(directory: Path, output_subdir: str | None) -> None:
+    """Have a job of a sweep to itself, as `KeepRuns` has a single run, so that nobody goes on with it meanwhile.
+
+    Raises:
+        ValueError: another process goes on with it.
+    """
+    if rank() == 0 and output_subdir is not None and not _lock(directory / output_subdir):
+        raise ValueError(STILL_GOES_ON.format(directory))
 
 
 def _lock(record: Path) -> bool:

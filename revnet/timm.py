@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet.models import PreActResNet, family, load_weights
-from revnet.models.network import check_squeezable
 from revnet.models.units import PointwiseShortcut
 from revnet.reversible import Activations, ReversibleSequence
 
@@ -24,8 +23,6 @@ try:
     from timm.models._features import FeatureGetterNet, feature_take_indices
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("revnet.timm needs timm: pip install 'revnet[timm]'") from error
-
-torch.fx.wrap("check_squeezable")  # in this module's functions, too
 
 __all__ = [
     "TimmRevNet",
@@ -49,7 +46,7 @@ default_cfgs = generate_default_cfgs(
             "classifier": "fc",
             "license": "mit",
         }
-        for name in __all__[1:]
+        for name in family.BUILDERS
     }
 )
 
@@ -88,12 +85,6 @@ class TimmRevNet(PreActResNet):
         self.feature_info = _feature_info(self)
         self.num_features = self.inplanes
         self.reset_classifier(num_classes, global_pool)
-
-    def check_images(self, x: torch.Tensor) -> None:
-        """ValueError, with the remedy, for images that this network does not take."""
-        super().check_images(x)
-        if self.stage_names == ["layers"]:  # a fully reversible network
-            check_squeezable(x, self.stem_stride, self.total_stride)
 
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
         """The linear layer, or its name."""
@@ -166,6 +157,9 @@ class TimmRevNet(PreActResNet):
             stop_early: go no further than the last feature asked for, which is then also the first result.
             output_fmt: "NCHW".
             intermediates_only: return the list alone.
+
+        Raises:
+            ValueError: another `output_fmt`, or images that this network does not take.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: these networks have features of the form 'NCHW' only")
@@ -213,6 +207,7 @@ class TimmRevNet(PreActResNet):
         if ends:
             self.num_features = self.inplanes = self.feature_info[last]["num_chs"]
             self.total_stride = self.feature_info[last]["reduction"]
+            self.squeezes = False
         if prune_head or ends:
             self.reset_classifier(0, "")
         return wanted

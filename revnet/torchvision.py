@@ -35,8 +35,8 @@ def register() -> None:
         >>> list(torchvision.models.get_model_weights("revnet50"))
         []
     """
-    for name in family.__all__:
-        if name.startswith(("rev", "wide_rev")) and name not in BUILTIN_MODELS:
+    for name in family.BUILDERS:
+        if name not in BUILTIN_MODELS:
             register_model(name)(_with_weights(getattr(family, name)))
 
 

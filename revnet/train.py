@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,26 +38,16 @@ log = logging.getLogger(__name__)
 THREADS = torch.get_num_threads()
 
 
-def _devices(trainer: DictConfig) -> int:
-    """How many a trainer's settings ask for on each machine."""
-    devices = trainer.devices
-    if isinstance(devices, str) and "," in devices:
-        return len([device for device in devices.split(",") if device.strip()])
-    if devices in ("auto", -1, "-1"):
-        return 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
-    return int(devices) if isinstance(devices, int | str) else len(devices)
-
-
-def _held(network: torch.nn.Module, cfg: DictConfig, image_shape: tuple[int, ...]) -> int:
+def _held(network: torch.nn.Module, cfg: DictConfig, image_shape: tuple[int, ...], trainer: Trainer) -> int:
     """Bytes that a training holds beside its steps."""
+    from pytorch_lightning.strategies import DDPStrategy
+
     laid_out_again = 4 * cfg.data.batch_size * math.prod(image_shape) if cfg.task.get("channels_last") else 0
     gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     accumulates = cfg.trainer.accumulate_grad_batches > 1
     averages = "_target_" in (cfg.callbacks.get("ema") or ())
-    strategy = cfg.trainer.strategy
-    name = (strategy if isinstance(strategy, str) else strategy._target_).lower()
-    in_buckets = "ddp" in name or (name == "auto" and (_devices(cfg.trainer) > 1 or cfg.trainer.num_nodes > 1))
+    in_buckets = isinstance(trainer.strategy, DDPStrategy)
     return gradients * (accumulates + in_buckets) + weights * averages + laid_out_again
 
 
@@ -78,6 +69,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         SystemExit: at SIGTERM (status 143) and Ctrl-C (130), with one line that says how to go on.
     """
     import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelSummary, ProgressBar
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
     from pytorch_lightning.plugins.environments import SLURMEnvironment
 
@@ -117,7 +109,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         ckpt_path = None if found is None else str(found)
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
     trained = 0
-    if ckpt_path is not None:
+    if ckpt_path is None:
+        _refuse_checkpoints_of_others(cfg)
+    else:
         checkpoint = read_checkpoint(ckpt_path)
         if "optimizer_states" not in checkpoint:
             raise ValueError(
@@ -128,14 +122,23 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trained = checkpoint["global_step"]
         if "config" in checkpoint and task.config is not None:
             _say_what_changed(checkpoint["config"], task.config)
+            seed = checkpoint["config"].get("seed", cfg.seed)
+            if seed != cfg.seed and checkpoint.get("continuation", {}).get("unfinished"):
+                raise ValueError(
+                    f"seed={cfg.seed}: the checkpoint is of the middle of an epoch, whose images seed={seed} has put "
+                    f"in order; go on with that, or from a checkpoint of an epoch's end"
+                )
     chosen = {name: node for name, node in cfg.callbacks.items() if node is not None}
     for name in [name for name, node in chosen.items() if "_target_" not in node]:  # callbacks=none and an experiment
         log.warning("callbacks.%s: these settings are of no callback that was chosen", name)
         del chosen[name]
     callbacks = [EnvironmentRecord(cfg.run_dir), *(instantiate(node) for node in chosen.values())]
+    kinds = {"enable_progress_bar": ProgressBar, "enable_model_summary": ModelSummary}
+    left_out = [key for key, kind in kinds.items() if not any(isinstance(callback, kind) for callback in callbacks)]
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
+        **dict.fromkeys(left_out, False),  # or Lightning would bring its own
         callbacks=callbacks,
         logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpoints(), *(instantiate(cfg.trainer.get("plugins"), _convert_="all") or [])],
@@ -153,7 +156,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             (cfg.data.batch_size, *data.image_shape),  # type: ignore[attr-defined]
             cfg.trainer.precision,
             instantiate(cfg.optimizer, _convert_="all"),
-            _held(task.network, cfg, data.image_shape),  # type: ignore[attr-defined]
+            _held(task.network, cfg, data.image_shape, trainer),  # type: ignore[attr-defined]
         )
     if cfg.compile:
         if cfg.memory_budget is not None:
@@ -173,7 +176,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     with _leaving_when_told(trainer, cfg.run_dir):
         _fit(trainer, task, data, ckpt_path, cfg)
         if rank() == 0 and 0 < trained == trainer.global_step:
-            log.warning("nothing was left to train: the checkpoint has its %d steps already", trained)
+            limit = "" if cfg.trainer.get("max_time") is None else " (trainer.max_time counts the runs before, too)"
+            log.warning("nothing was left to train: the checkpoint has its %d steps already%s", trained, limit)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         epochs = trainer.current_epoch
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -188,11 +192,29 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
+def _refuse_checkpoints_of_others(cfg: DictConfig) -> None:
+    """ValueError where a training that begins would write over the checkpoints of another."""
+    places = [checkpoints_of(cfg, cfg.run_dir), *filter(None, [OmegaConf.select(cfg, "callbacks.best.dirpath")])]
+    there = next((file for place in places for file in sorted(Path(place).glob("*.ckpt"))), None)
+    if there is not None:
+        raise ValueError(
+            f"{there} is of another training, and nothing is written over: choose another run_dir (in a sweep, "
+            f"hydra.sweep.dir and hydra.sweep.subdir), or go on from it: ckpt_path={there}"
+        )
+
+
 def _refuse_processes(trainer: Trainer, cfg: DictConfig) -> None:
     """ValueError where the processes that there are, or would be started, do not go with the trainer."""
     from pytorch_lightning.strategies import DDPStrategy
     from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
+    from revnet.training import Continuation
+
+    if trainer.world_size > 1 and not any(isinstance(c, Continuation) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "callbacks.continuation is left out: without it all processes of a training draw the same random numbers, "
+            "and shift, mirror and mix their images alike; keep it, as callbacks=default does"
+        )
     if trainer.world_size == 1 < started():
         raise ValueError(
             f"{started()} processes were started, each of which would train by itself: choose trainer=ddp, "
@@ -214,13 +236,15 @@ def _refuse_processes(trainer: Trainer, cfg: DictConfig) -> None:
 
 
 def _say_what_changed(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn where a training goes on with another network, task or data than it had."""
-    changed = [
-        f"{part}.{key}={now[part].get(key)} (was {then.get(part, {}).get(key)})"
-        for part in ("model", "task", "data")
-        for key in {**then.get(part, {}), **now[part]}
-        if then.get(part, {}).get(key) != now[part].get(key)
-    ]
+    """Warn where a training goes on with other parts or settings than it had."""
+    changed = [] if then.get("seed") == now.get("seed") else [f"seed={now.get('seed')} (was {then.get('seed')})"]
+    for part in ("model", "task", "data", "optimizer", "scheduler", "trainer"):
+        before, after = then.get(part) or {}, now.get(part) or {}
+        changed += [
+            f"{part}.{key}={after.get(key)} (was {before.get(key)})"
+            for key in {**before, **after}
+            if before.get(key) != after.get(key)
+        ]
     if changed and rank() == 0:
         log.warning("changed since the checkpoint: %s", ", ".join(changed[:8]))
 
@@ -251,17 +275,15 @@ def _fit(trainer: Trainer, task: Task, data: LightningDataModule, ckpt_path: str
 
     try:
         trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(error.errno, error.strerror, cfg.run_dir) from error
-    except RuntimeError as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if getattr(error, "filename", None) is None and getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, cfg.run_dir) from error  # type: ignore[union-attr]
         if not is_out_of_memory(error):
             raise
         shape = (cfg.data.batch_size, *data.image_shape)  # type: ignore[attr-defined]
         optimizer = instantiate(cfg.optimizer, _convert_="all")
         memory = memory_of(trainer.strategy.root_device)
-        held = _held(task.network, cfg, shape[1:])
+        held = _held(task.network, cfg, shape[1:], trainer)
         network = task.network.to(trainer.strategy.root_device)  # Lightning has taken it off
         raise ValueError(out_of_memory(network, shape, cfg.trainer.precision, optimizer, memory, held)) from error
 

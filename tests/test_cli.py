@@ -388,7 +388,9 @@ def test_a_lack_of_memory_is_a_mistake() -> None:
         "Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: can't allocate memory"
     )
     assert (mistake(worker) or "").startswith("out of memory: RuntimeError: can't allocate memory; give")
-    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"))
+    driver = RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+    assert is_out_of_memory(driver)
+    assert (mistake(driver) or "").startswith("out of memory: CUDA error: out of memory; give")
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(RuntimeError("something else"))
 
@@ -438,6 +440,35 @@ def test_a_run_that_still_goes_on_is_left_alone(capsys: pytest.CaptureFixture, t
         finally:
             running.kill()
     assert invoke(command("train")(lambda cfg: None), *again) == 0
+
+
+def test_a_run_of_a_sweep_that_still_goes_on_is_left_alone(capsys: pytest.CaptureFixture) -> None:
+    Path("sweep.py").write_text(
+        "import time\n"
+        "from revnet.cli import command\n"
+        "command('train')(lambda cfg: (print('begun', flush=True), time.sleep(100)))()\n"
+    )
+    arguments = ["-m", "seed=1,2", "hydra.sweep.dir=mine"]
+    with subprocess.Popen([sys.executable, "sweep.py", *arguments], stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            while running.stdout.readline() != "begun\n":
+                assert running.poll() is None
+            again = command("train")(lambda cfg: pytest.fail("the job was started"))
+            assert invoke(again, "run_dir=mine/0", "ckpt_path=last") == 2
+            (line,) = lines(capsys.readouterr().err)
+            assert line == "revnet-train: the run in mine/0 still goes on: wait for its end, or stop it"
+        finally:
+            running.kill()
+
+
+def test_batches_of_a_sweep_and_an_unexpanded_home_are_refused(capsys: pytest.CaptureFixture) -> None:
+    train = command("train")(lambda cfg: pytest.fail("the job was started"))
+    assert invoke(train, "-m", "seed=1,2", "hydra.sweeper.max_batch_size=1") == 2
+    assert invoke(train, "run_dir='~/runs/a'") == 2
+    batches, home = lines(capsys.readouterr().err)
+    assert batches.startswith("revnet-train: hydra.sweeper.max_batch_size: a job that fails would take later")
+    assert home == "revnet-train: run_dir=~/runs/a: nobody expands this ~; write $HOME/runs/a"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])

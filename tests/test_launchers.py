@@ -21,6 +21,7 @@ TINY = (
     *("data=fake", "data.image_shape=[3,8,8]", "trainer=cpu", "threads=1", "debug=fast"),
     *("model=resnet32", "logger=csv", "callbacks=none"),
 )
+KEEPING = "+callbacks.continuation._target_=revnet.training.Continuation"  # which several processes ask for
 
 
 def stops_here(*_: Any, **__: Any) -> None:
@@ -138,11 +139,20 @@ def test_tasks_that_are_not_counted_by_the_node_are_refused_in_one_line(
     assert "Use `--ntasks-per-node=8` instead" in line
 
 
+def test_processes_that_would_draw_the_same_numbers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke(train.main, *TINY, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("revnet-train: callbacks.continuation is left out: without it all processes of a training")
+
+
 def test_runs_of_a_sweep_that_would_start_processes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", KEEPING)
     assert invoke(train.main, "-m", *TINY, *several, "seed=0,1") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("revnet-train")]
     assert len(lines) == 2
@@ -158,7 +168,7 @@ def test_runs_of_a_sweep_may_be_of_tasks_that_slurm_has_started(
     tasks = {**TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "8"}
     for name, value in {**tasks, "SLURM_STEP_NUM_TASKS": "8"}.items():
         monkeypatch.setenv(name, value)
-    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=8")
+    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=8", KEEPING)
     assert invoke(train.main, "-m", *TINY, *several, "seed=0,1") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("revnet-train")]
     assert [line.rpartition(": ")[2] for line in lines] == ["as far as fit"] * 2

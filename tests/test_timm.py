@@ -138,6 +138,23 @@ def test_intermediates_are_the_features():
         features.model.forward_intermediates(images()[:, :1])
 
 
+def test_another_pooling_stands_behind_the_relu_of_the_stem_with_and_without_that_feature():
+    model, x = build().eval(), images()
+    model.maxpool = torch.nn.AvgPool2d(3, 2, 1)
+    last, taps = model.forward_intermediates(x)
+    assert len(taps) == 5
+    assert torch.equal(last, model.forward_features(x))
+
+
+def test_the_tail_leaves_the_last_feature_alone():
+    model, x = build(norm_layer=lambda _: torch.nn.Identity()).eval(), images()
+    with torch.no_grad():
+        (alone,) = model.forward_intermediates(x, [4], intermediates_only=True)
+        _, (feature,) = model.forward_intermediates(x, [4])
+    assert alone.min() < 0
+    assert torch.equal(feature, alone)
+
+
 @pytest.mark.parametrize("index", range(5))
 def test_a_pruned_network_is_the_part_that_its_features_need(index):
     model, x = build().eval(), images()
@@ -305,6 +322,8 @@ def test_a_fully_reversible_network_has_no_features_at_its_stages():
     with pytest.raises(ValueError, match=r"\(2, 3, 48, 48\): height and width must be multiples of 32"):
         model(torch.empty(2, 3, 48, 48, device="meta"))
     assert torch.fx.symbolic_trace(model)(images(device="meta")).shape == (2, 1000)
+    model.prune_intermediate_layers([0])  # the stem alone takes images of any size
+    assert model(torch.empty(2, 3, 47, 48, device="meta")).shape == (2, 64, 24, 24)
     with pytest.raises(ValueError, match=r"features_only=True, downsampling='space_to_depth'.*leave one"):
         on_meta("revnet50", downsampling="space_to_depth", features_only=True)
 

@@ -16,10 +16,12 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from PIL import Image
+from pytorch_lightning.callbacks import ModelSummary
 
 from revnet import train as train_module
 from revnet.build import build
 from revnet.cli import compose
+from revnet.training import Classifier
 from tests.commands import invoke
 
 TINY = (
@@ -267,6 +269,14 @@ def test_a_sweeper_gets_the_metric_that_it_optimizes() -> None:
         (["ckpt_path=nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file; .*"),
         (["+trainer.val_check_interval=100"], r".*`val_check_interval` \(100\) must be less than or equal to .*"),
         (["callbacks.drift.warn_above=-1"], r"warn_above=-1: give a relative error, at least 0, or None"),
+        (["callbacks.progress_bar=false"], r"callbacks.progress_bar=False: null leaves it out; .*"),
+        (["logger.tensorboard=false"], r"logger.tensorboard=False: null leaves it out; .*"),
+        (["+trainer.callbacks=[]"], r"trainer.callbacks would not be looked at: it is given by \+callbacks.NAME.*"),
+        (["+trainer.logger=false"], r"trainer.logger would not be looked at: it is given by logger=.*"),
+        (
+            ["+callbacks.other={_target_:pytorch_lightning.callbacks.ModelCheckpoint,monitor:val/accuracy,mode:max}"],
+            r"Found more than one stateful callback .* \(callbacks.best.save_top_k keeps several .*\)",
+        ),
         (
             ["model.exact=false", "callbacks.drift.raise_above=1e-9"],
             r"the reconstructed input .* lower optimizer.lr; callbacks.drift.fall_.*",
@@ -277,6 +287,67 @@ def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.C
     assert train(*arguments) == 1
     (only,) = capsys.readouterr().err.strip().splitlines()
     assert re.fullmatch("revnet-train: " + line, only)
+
+
+def test_a_second_training_in_a_directory_leaves_the_checkpoints_of_the_first(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """From Python, and in a sweep whose runs are given one directory."""
+    quiet = ("logger=none", "model=resnet32", "callbacks.progress_bar=null", "callbacks.model_summary=null")
+    cfg = compose("train", *TINY, *quiet, "run_dir=here")
+    train_module.train(cfg)
+    assert "test accuracy" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in Path("here/checkpoints").iterdir()}
+    cfg.seed = 1
+    with pytest.raises(ValueError, match=r"here/checkpoints/best.ckpt is of another training, and nothing is written"):
+        train_module.train(cfg)
+    assert {path: path.read_bytes() for path in Path("here/checkpoints").iterdir()} == before
+    sweep = ("-m", *TINY, *quiet, "seed=0,1", "hydra.sweep.subdir=same", "hydra.sweep.dir=sweep")
+    capsys.readouterr()
+    assert invoke(train_module.main, *sweep) == 1
+    said = capsys.readouterr().err
+    assert "seed=1: " in said
+    assert "sweep/same/checkpoints/best.ckpt is of another training, and nothing is written over" in said
+
+
+def test_without_a_progress_bar_there_is_none(capsys: pytest.CaptureFixture) -> None:
+    trainers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "_fit", lambda trainer, *_: trainers.append(trainer) or sys.exit(7))
+        options = ("logger=none", "callbacks.progress_bar=null", "callbacks.model_summary=null", "run_dir=here")
+        assert train(*options) == 7
+    (trainer,) = trainers
+    assert trainer.progress_bar_callback is None
+    assert not any(isinstance(callback, ModelSummary) for callback in trainer.callbacks)
+
+
+def test_a_training_goes_on_with_another_seed_only_between_epochs(capsys: pytest.CaptureFixture) -> None:
+    options = ("logger=none", "model=resnet32", "run_dir=here", "trainer.limit_train_batches=3")
+    within = ("callbacks.last.every_n_train_steps=2",)
+    with pytest.MonkeyPatch.context() as patch:  # stops in the middle of the epoch, behind the checkpoint of step 2
+        patch.setattr(Classifier, "on_train_batch_end", lambda self, out, batch, index: index == 1 and sys.exit(9))
+        assert train(*options, *within) == 9
+    again = ("run_dir=here", "ckpt_path=last")
+    assert invoke(train_module.main, *again, "seed=7") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "seed=7: the checkpoint is of the middle of an epoch, whose images seed=0 has put in order" in line
+    assert invoke(train_module.main, *again) == 0
+    capsys.readouterr()
+    assert invoke(train_module.main, *again, "seed=7", "trainer.max_epochs=2", "optimizer.lr=0.01") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for change in ("seed=7 (was 0)", "optimizer.lr=0.01 (was 0.1)", "trainer.max_epochs=2 (was 1)"):
+        assert change in said
+
+
+def test_memory_that_python_itself_has_not_is_told_with_the_batch(capsys: pytest.CaptureFixture) -> None:
+    def nothing_left(*arguments: object, **settings: object) -> None:
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "training_step", nothing_left)
+        assert train("logger=none", "callbacks=none", "model=resnet32", "run_dir=here") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("revnet-train: out of memory at a batch of 32 images of shape (3, 8, 8): there are ")
 
 
 def test_an_experiment_s_settings_of_a_callback_go_with_it() -> None:

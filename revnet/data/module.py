@@ -20,7 +20,7 @@ from revnet.data.normalize import Normalize
 from revnet.data.split import stratified_split
 from revnet.processes import is_slurm_task
 
-__all__ = ["ImageDataModule"]
+__all__ = ["ImageDataModule", "processors"]
 
 Images = TensorImages | FileImages
 
@@ -55,6 +55,9 @@ class ImageDataModule(pl.LightningDataModule):
         splits: the data sets "train", "test" and, if there is validation, "val", after `setup`.
 
     A checkpoint of the trainer keeps what the images were normalised by, and what the labels mean.
+
+    Raises:
+        ValueError: an argument that cannot be.
 
     Example:
         >>> from revnet.data import Digits
@@ -127,7 +130,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def load(self) -> tuple[Images, Images | None, Images]:
         """Return the images to train on, to validate on (None: to be cut from the former) and to test on."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `load`")
 
     def vary(self, images: Images) -> Images:
         """Return the training images as training reads them, if it reads them in a way of its own."""
@@ -143,10 +146,8 @@ class ImageDataModule(pl.LightningDataModule):
             return self.num_workers
         if isinstance(images, TensorImages):
             return 0
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        is_share = is_slurm_task() and "SLURM_CPUS_PER_TASK" in os.environ
-        devices = 1 if is_share or not self.trainer else self.trainer.num_devices
-        return min(16, max(1, processors // devices))
+        devices = 1 if _has_share() or not self.trainer else self.trainer.num_devices
+        return min(16, max(1, processors() // devices))
 
     def setup(self, stage: str | None = None) -> None:
         """Load, split and measure, once for all stages."""
@@ -232,6 +233,9 @@ class ImageDataModule(pl.LightningDataModule):
         Torch's seed and the epoch decide the order and all random changes of the images but those of `preprocess`, and
         the loader's `state_dict` keeps its place in it, whatever the number of its processes. Without a trainer every
         pass over the loader is the next epoch, so make it once; `loader.sampler.set_epoch(epoch)` chooses one.
+
+        Raises:
+            ValueError: there are fewer images than a batch takes.
         """
         images = len(self.splits["train"]) // (self.trainer.world_size if self.trainer else 1)
         if images < self.batch_size:
@@ -298,6 +302,17 @@ class ImageDataModule(pl.LightningDataModule):
             worker_init_fn=leave_signals_to_the_trainer,
             **options,
         )
+
+
+def _has_share() -> bool:
+    """Whether this process is a task to which Slurm has given a number of processors."""
+    return is_slurm_task() and "SLURM_CPUS_PER_TASK" in os.environ
+
+
+def processors() -> int:
+    """How many this process may use. A task of Slurm's is not always bound to its share."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(bound, int(os.environ["SLURM_CPUS_PER_TASK"])) if _has_share() else bound
 
 
 def _batches_of(images: Images | Subset[Batch], num_workers: int) -> Iterator[Tensor]:

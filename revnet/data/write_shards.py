@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from revnet.data.class_folders import class_names, list_images
 from revnet.data.datasets import whole_batch
 from revnet.data.image_folder import held_out_splits
+from revnet.data.module import processors
 from revnet.data.read_image import read_image
 from revnet.data.shard_index import Shard, ShardIndex, need_webdataset
 
@@ -88,8 +89,7 @@ def write_shards(
     finished = {shard.file: shard for shard in _read_record(target, conversion) if not shard.missing(target)}
     _write_record(target, conversion, finished.values())
     left = [shard for file, shard in planned.items() if file not in finished]
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(processors if num_workers is None else num_workers, len(left))
+    workers = min(processors() if num_workers is None else num_workers, len(left))
     loader = DataLoader(
         _Writing(left), batch_size=None, num_workers=workers, collate_fn=whole_batch, in_order=workers == 0
     )

@@ -38,6 +38,9 @@ class OnHalf(nn.Module):
         layer: a `Bijection`.
         half: 0 or 1, the half that it acts on.
 
+    Raises:
+        ValueError: another `half`.
+
     Example:
         >>> import torch
         >>> from revnet.flows import OnHalf, Scaling

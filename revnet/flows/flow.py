@@ -59,6 +59,10 @@ class Flow(nn.Module):
     Memory for gradients is that of the stages' sequences, in both directions: under `activations="reconstruct"` it does
     not grow with their depth. `revnet.set_activations(flow, value)` switches them.
 
+    Raises:
+        TypeError: the prior is neither a name nor a distribution.
+        ValueError: a prior of another name or shape, shapes that do not add up, a `FactorOut` inside a stage.
+
     Example:
         >>> import torch
         >>> from revnet import AffineCoupling, ReversibleSequence
@@ -115,7 +119,11 @@ class Flow(nn.Module):
     @property
     def prior(self) -> Distribution:
         """The distribution of the latent vector: a named one on the device and in the dtype of the flow."""
-        return PRIORS[self._prior](self._like().new_zeros(self.dims)) if isinstance(self._prior, str) else self._prior
+        return self._prior_at(self._like())
+
+    def _prior_at(self, x: Tensor) -> Distribution:
+        """A named prior on the device and in the dtype of `x`; one of the caller's own as it is."""
+        return PRIORS[self._prior](x.new_zeros(self.dims)) if isinstance(self._prior, str) else self._prior
 
     def _like(self) -> Tensor:
         """A tensor on the device and in the dtype of the flow."""
@@ -138,7 +146,7 @@ class Flow(nn.Module):
             NonFiniteError: a latent or the log-determinant is NaN or infinite.
         """
         z, log_det = self.encode_and_log_det(x, context)
-        return self.prior.log_prob(z) + log_det
+        return self._prior_at(z).log_prob(z) + log_det
 
     def encode(self, x: Tensor, context: Any = None) -> Tensor:
         """The latent vectors z = f(x), of shape (B, D). Arguments and errors are those of `log_prob`."""
@@ -219,10 +227,13 @@ class Flow(nn.Module):
 
         The log-density is that of the flow, whatever the temperature that z was drawn at; with `dequantise` that of
         the values before flooring. Arguments and errors are those of `sample`.
+
+        For a loss of samples and data in one graph, call `log_prob` on a batch first: it gives `ActNorm` and `Scaling`
+        their parameters, which would else change behind the samples, and the backward pass would say so.
         """
         z = self._latents(n, temperature)
         x, log_det = self.decode_and_log_det(z, self._for_each(context, n))
-        return x, self.prior.log_prob(z) - log_det
+        return x, self._prior_at(z).log_prob(z) - log_det
 
     def interpolate(self, x1: Tensor, x2: Tensor, steps: int, context: Any = None) -> Tensor:
         """Examples on the way from x1 to x2, of shape (steps, *x1.shape): the great circle between their latents.

@@ -21,7 +21,7 @@ class ClassEmbedding(nn.Embedding):
     """A learnt vector of size `size` for each of `classes` labels: the condition of a flow on images of classes.
 
     Raises:
-        ValueError: labels that are no whole numbers from 0 up to `classes` - 1, one for each example.
+        ValueError: no class; labels that are no whole numbers from 0 up to `classes` - 1, one for each example.
 
     Example:
         >>> import torch
@@ -68,6 +68,9 @@ class MLP(nn.Module):
         inputs, outputs: components before and after.
         hidden, layers: width and number of the hidden layers, at least one.
         condition: size of the condition vector; 0 for none.
+
+    Raises:
+        ValueError: no hidden layer or unit; in the forward pass, a condition that is missing or one too many.
 
     Example:
         >>> import torch
@@ -121,6 +124,9 @@ class ResidualNetwork(nn.Module):
         inputs, outputs: channels before and after.
         blocks, width: number of residual blocks and of their maps.
         condition: size of the condition vector; 0 for none.
+
+    Raises:
+        ValueError: less than no block, or no map; in the forward pass, a condition that is missing or one too many.
 
     Example:
         >>> import torch

@@ -85,7 +85,7 @@ class Logit(Bijection):
     what `forward` takes.
 
     Raises:
-        ValueError: values outside of it.
+        ValueError: values outside of it, or an `a` that cannot be.
 
     Example:
         >>> import torch

@@ -51,7 +51,7 @@ class _FromFirstBatch(Bijection):
         self._seen = True
 
     def _initialise(self, mean: Tensor, deviation: Tensor) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `_initialise`")
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -64,7 +64,7 @@ class Scaling(_FromFirstBatch):
     The first batch that goes forward through it in training mode sets s so that every component of that batch comes out
     with variance 1, as in `ActNorm`, unless s has been trained by way of the inverse before: where the data are almost
     constant, as at the border of digits, the likelihood is highest under factors of hundreds, to which steps of 1e-3
-    take thousands of batches.
+    take thousands of batches. A first step with both directions wants such a batch ahead of it, see `ActNorm`.
 
     Source: Dinh, Krueger, Bengio 2014 (NICE), section 3.3; there without a word on how s begins.
 
@@ -106,7 +106,8 @@ class ActNorm(_FromFirstBatch):
     The first batch that goes forward through it in training mode sets b and s so that every channel of that batch comes
     out with mean 0 and variance 1; from then on they are ordinary parameters. (Over the batches of all processes where
     torch.distributed runs; where they have been trained by way of the inverse before, they stay.) Until then, and under
-    `inverse`, it does with them what it would later: nothing at first.
+    `inverse`, it does with them what it would later: nothing at first. A first step with both directions in one graph
+    fails, as it changes them behind an inverse that has run: call `log_prob` on a batch first.
 
     Source: Kingma, Dhariwal 2018 (Glow), section 3.1.
 

@@ -135,6 +135,9 @@ class DiagonalFirst(Rearrangement):
 
     Source: Dinh, Sohl-Dickstein, Bengio 2016 (RealNVP), the published code (`squeeze_2x2_ordered`).
 
+    Raises:
+        ValueError: the number of channels is no multiple of 4.
+
     Example:
         >>> import torch
         >>> from revnet.flows import DiagonalFirst
@@ -145,6 +148,11 @@ class DiagonalFirst(Rearrangement):
     fixed = True
 
     def forward(self, x: Tensor, *, context: Any = None) -> Tensor:
+        if x.ndim < 2 or x.shape[1] % 4:
+            raise ValueError(
+                f"cannot reorder a tensor of shape {tuple(x.shape)} by the pixels of squares: give 4 channels for each "
+                f"of the image, as Squeeze() makes them"
+            )
         first, second, third, fourth = x.unflatten(1, (-1, 4)).unbind(2)
         return torch.cat((first, fourth, second, third), 1)
 

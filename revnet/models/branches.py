@@ -24,6 +24,7 @@ __all__ = [
     "conv3x3",
     "norm",
     "subsample",
+    "unshared",
 ]
 
 
@@ -102,6 +103,13 @@ def as_convolved(x: Tensor) -> Tensor:
     return x.to(convolution_dtype(x))
 
 
+def unshared(h: Tensor, x: Tensor) -> Tensor:
+    """`h`, or a copy where it is `x` or a view of it, as behind an identity: a ReLU in place would write there."""
+    if h is x or (not is_transformed() and h.untyped_storage()._cdata == x.untyped_storage()._cdata):
+        return h.clone()
+    return h
+
+
 class BasicBranch(nn.Module):
     """(BN, ReLU, 3x3 convolution) twice.
 
@@ -144,7 +152,7 @@ class BasicBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bn1 is not None:
             h = as_convolved(self.bn1(x))
-            x = self.relu(h.clone() if h is x else h)  # which writes there
+            x = self.relu(unshared(h, x))
         x = self.conv1(x)
         return self.conv2(self.relu(self.bn2(x)))
 
@@ -200,7 +208,7 @@ class BottleneckBranch(nn.Module):
         if self.bn1 is not None:
             # The pixels that the convolution passes over are dropped ahead of the ReLU, which then keeps so much less.
             h = as_convolved(self.bn1(x))
-            x = self.relu(h.clone() if h is x else h) if self.stride == 1 else relu(subsample(h, self.stride))
+            x = self.relu(unshared(h, x)) if self.stride == 1 else relu(subsample(h, self.stride))
         else:
             x = subsample(x, self.stride)
         x = self.conv1(x)

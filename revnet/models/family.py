@@ -47,8 +47,7 @@ from revnet.models.registry import register_model
 from revnet.models.units import PointwiseShortcut, Stage
 from revnet.reversible import Activations
 
-__all__ = [
-    "matching_width",
+BUILDERS = (
     "revnet18",
     "revnet34",
     "revnet50",
@@ -56,7 +55,10 @@ __all__ = [
     "revnet152",
     "revnext50_32x4d",
     "wide_revnet50_2",
-]
+)
+"""The names of the networks."""
+
+__all__ = ["BUILDERS", "matching_width", *BUILDERS]
 
 STEM = 64
 MULTIPLE = 8  # of the inner widths

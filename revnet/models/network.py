@@ -75,6 +75,10 @@ class PreActResNet(Switched):
 
     Attributes:
         inplanes: channels of the last stage, as torchvision's detection models ask for them.
+
+    Raises:
+        ValueError: `num_classes`, `in_channels`, `activations` or `exact` cannot be; in the forward pass, images of
+            another shape.
     """
 
     default_activations: Activations = "store"
@@ -114,9 +118,10 @@ class PreActResNet(Switched):
         self.stage_names = list(sequences)
         for name, layers in sequences.items():
             self.add_module(name, ReversibleSequence(layers, exact=exact))
+        self.squeezes = any(isinstance(module, Squeeze) for module in self.modules())
         self.inplanes = stages[-1].channels
         self.norm = norm_layer(self.inplanes)
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()  # not in place: what it is given may be the output of the last stage, behind an identity
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self.inplanes, num_classes)
         for module in self.modules():
@@ -144,12 +149,18 @@ class PreActResNet(Switched):
         """ValueError, with the remedy, for what is no batch of images that this network takes."""
         # Whoever replaces the first layer may put something there that does not say what it takes.
         _check_images(x, getattr(self.conv1, "in_channels", None))
+        if self.squeezes:
+            check_squeezable(x, self.stem_stride, self.total_stride)
 
     def run_stem(self, x: Tensor) -> Tensor:
-        """The output of the stem, in its children's order where somebody looks at what `relu` and `maxpool` give."""
+        """The output of the stem, in its children's order where somebody looks at what `relu` and `maxpool` give.
+
+        And where one of them has been replaced: only a maximum and a ReLU commute.
+        """
+        commute = type(self.relu) is nn.ReLU and type(self.maxpool) in (nn.MaxPool2d, nn.Identity)
         everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         looked_at = (m._forward_hooks or m._forward_pre_hooks for m in (self.relu, self.maxpool))
-        if isinstance(x, torch.fx.Proxy) or everywhere or any(looked_at):
+        if isinstance(x, torch.fx.Proxy) or not commute or everywhere or any(looked_at):
             return self._run(x, ("conv1", "bn1", "relu", "maxpool"), self.stem_activations)
         return super().run_stem(x)
 
@@ -173,7 +184,7 @@ class RevNet(PreActResNet):
     Args: as `PreActResNet`.
 
     Raises:
-        ValueError: an odd number of channels in the stem or a stage.
+        ValueError: as there, and for an odd number of channels in the stem or a stage.
 
     Example:
         >>> import torch
@@ -217,7 +228,8 @@ class FullyReversibleNet(PreActResNet):
     Args: as `PreActResNet`; the first stage has the channels of the stem.
 
     Raises:
-        ValueError: an odd number of channels in a stage.
+        ValueError: as there, and for an odd number of channels in a stage; in the forward pass, for images that cannot
+            be squeezed to the end.
     """
 
     default_activations: Activations = "reconstruct"
@@ -229,11 +241,6 @@ class FullyReversibleNet(PreActResNet):
                 layers.append(Squeeze(stage.stride))
             layers += _blocks(stage, stage.units, preactivate=index > 0)
         return {"layers": [*layers, Merge()]}
-
-    def check_images(self, x: Tensor) -> None:
-        """ValueError, with the remedy, for what is no batch of images, or cannot be squeezed to the end."""
-        super().check_images(x)
-        check_squeezable(x, self.stem_stride, self.total_stride)
 
     def __getattr__(self, name: str) -> Any:
         if name.removeprefix("layer").isdigit():

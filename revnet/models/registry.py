@@ -23,6 +23,9 @@ def register_model(builder: Callable[..., Network]) -> Callable[..., Network]:
 
     `weights` is a file written by `save_weights`, or None for random ones; `progress` changes nothing, as nothing is
     downloaded. The network knows how it was made: `network.architecture` is the name and the other arguments.
+
+    Raises:
+        TypeError: when the builder is called with torchvision's former `pretrained`. Of `weights`, as `load_weights`.
     """
     name = builder.__name__
 

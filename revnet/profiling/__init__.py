@@ -2,6 +2,7 @@
 
 from revnet.profiling.allocator import KEEP_FREED_MEMORY
 from revnet.profiling.budget import max_batch, parse_bytes
+from revnet.profiling.device import device_name
 from revnet.profiling.estimate import estimate
 from revnet.profiling.measure import measure, measure_memory, measure_time
 from revnet.profiling.measurement import Measurement, Time
@@ -17,6 +18,7 @@ __all__ = [
     "MemoryTimeline",
     "Plan",
     "Time",
+    "device_name",
     "estimate",
     "max_batch",
     "measure",

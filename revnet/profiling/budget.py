@@ -48,21 +48,21 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
 
 def max_batch(
     model: nn.Module,
-    budget: int | str,
     input_shape: Sequence[int],
+    budget: int | str,
+    loss: Loss = mean_square,
     dtype: torch.dtype | None = None,
     optimizer: MakeOptimizer | None = None,
-    loss: Loss = mean_square,
 ) -> int:
     """The largest batch whose training step takes no more than `budget`, by `estimate(...).total`.
 
     Args:
         model: any module; it is not changed.
+        input_shape: shape of one example, without the batch dimension.
         budget: bytes, or a size with a unit; see `parse_bytes`. Leave part of a device for what an estimate does not
             see: workspaces of convolutions, the fragmentation of the allocator, the CUDA context. On the one GPU that
             was measured that was up to a third of the peak of a reconstructed network.
-        input_shape: shape of one example, without the batch dimension.
-        dtype, optimizer, loss: as for `estimate`.
+        loss, dtype, optimizer: as for `estimate`.
 
     Raises:
         ValueError: not even a batch of 1 fits (of 2 where the network refuses 1, as batch normalisation of single
@@ -71,13 +71,13 @@ def max_batch(
     Example:
         >>> from revnet.models import revnet38
         >>> from revnet.profiling import max_batch
-        >>> max_batch(revnet38(activations="reconstruct"), "1GB", (3, 32, 32)) > 1000
+        >>> max_batch(revnet38(activations="reconstruct"), (3, 32, 32), "1GB") > 1000
         True
     """
     available, shape = parse_bytes(budget, "budget"), checked_shape("input_shape", input_shape)
 
     def total(batch: int) -> int:
-        return estimate(model, (batch, *shape), dtype, optimizer, loss).total
+        return estimate(model, (batch, *shape), loss=loss, dtype=dtype, optimizer=optimizer).total
 
     def first() -> tuple[int, int]:
         try:

@@ -56,17 +56,15 @@ class LayerCost:
         return self.inner[value] + (self.input_stored if value == "store" else 0)
 
 
-def layer_costs(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None, loss: Loss) -> list[LayerCost]:
+def layer_costs(model: nn.Module, input_shape: Sequence[int], loss: Loss, dtype: torch.dtype | None) -> list[LayerCost]:
     """The costs of every slot of a model (see `slots`), from one step without data under each of the three values.
 
     Time is modelled: an operator takes as long as its arithmetic or its traffic with the memory, whichever is more; a
     backward pass takes two forward passes, and reconstruction moves the state three times besides.
+
+    Raises:
+        ValueError: the model has no slots, or runs a layer without calling it.
     """
-    if hasattr(model, "log_prob"):
-        raise ValueError(
-            f"{type(model).__name__} is a flow, whose layers are not planned for one by one: choose one value of "
-            f"activations for all of them"
-        )
     if not slots(model):
         raise ValueError(
             f"{type(model).__name__} has no ReversibleSequence, so there is nothing to plan: "
@@ -82,10 +80,22 @@ def layer_costs(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
                 value = loss_of(fake, input, loss, dtype)
                 steps[uniform].turn()
                 value.backward()
+            if uniform == "store":
+                _check_seen(model, slots(fake), steps[uniform])
     return [
         _cost(slot, index, steps, {uniform: values[uniform][index] for uniform in ACTIVATIONS})
         for index, slot in enumerate(slots(model))
     ]
+
+
+def _check_seen(model: nn.Module, found: Sequence[Slot], stored: _Step) -> None:
+    """ValueError where a layer got gradients though it was never called: its costs went to the layer ahead of it."""
+    for slot, size, ours in zip(slots(model), stored.input_bytes, found, strict=True):
+        if size == 0 and any(p.grad is not None for module in ours.modules() for p in module.parameters()):
+            raise ValueError(
+                f"{type(model).__name__} runs {slot.name} without calling it, as flows do for the log-determinant, so "
+                f"that what it costs is not seen: choose one value of activations for all layers"
+            )
 
 
 def _cost(slot: Slot, index: int, steps: dict[str, _Step], values: dict[str, str]) -> LayerCost:

@@ -27,9 +27,9 @@ _LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 def estimate(
     model: nn.Module,
     input_shape: Sequence[int],
+    loss: Loss = mean_square,
     dtype: torch.dtype | None = None,
     optimizer: MakeOptimizer | None = None,
-    loss: Loss = mean_square,
 ) -> Memory:
     """Memory of a training step, split as by `measure_memory`, without allocating any of it; see `Memory`.
 
@@ -43,9 +43,9 @@ def estimate(
         model: any module, in the mode it is in, on the device it is on; the meta device stands for a CPU. It is not
             changed.
         input_shape: shape of a batch, the batch dimension included; the batch has the dtype of the parameters.
+        loss: function from the model's output to a scalar; the mean square by default.
         dtype: None for the dtype of the parameters; torch.bfloat16 or torch.float16 for autocast to it.
         optimizer: function from parameters to an optimizer, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
-        loss: function from the model's output to a scalar; the mean square by default.
 
     Raises:
         ValueError: the model does not take inputs of this shape, looks at the values of tensors, or runs an operator
@@ -96,17 +96,22 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     """A copy whose parameters and buffers have no data; on a CPU if the model is on the meta device."""
     mode = mode or FakeTensorMode()
-    attributes = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    held = [*model.parameters(), *model.buffers()]
+    attributes = [t for owner in (*model.modules(), *held) for t in vars(owner).values() if isinstance(t, Tensor)]
     memo: dict[int, Any] = {}
     with mode:
         # What a forward pass has left in an attribute, with its graph, cannot be copied otherwise.
         left = [t for t in attributes if t.is_meta or not t.is_leaf]
-        for t in (*model.parameters(), *model.buffers(), *left):
+        for t in (*held, *left):
             # The meta device has neither autocast nor the operators of a device that computes.
             device = "cpu" if t.is_meta else t.device
             fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
             is_parameter = isinstance(t, nn.Parameter)
             memo[id(t)] = nn.Parameter(fake, t.requires_grad) if is_parameter else fake.requires_grad_(t.requires_grad)
+    for t in held:
+        # A forward pass may read what was hung on a tensor; the attributes that make the new one fake stay its own.
+        own = vars(memo[id(t)])
+        own.update({name: copy.deepcopy(value, memo) for name, value in vars(t).items() if name not in own})
     return copy.deepcopy(model, memo)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import re
 import time
 from pathlib import Path
 from statistics import median
@@ -13,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from revnet.profiling.allocator import Allocator, recorded
+from revnet.profiling.device import device_name
 from revnet.profiling.measurement import Measurement, Time
 from revnet.profiling.memory import Memory, memory_of_step
-from revnet.profiling.resident import measure_resident
 from revnet.profiling.step import Loss, MakeOptimizer, build_optimizer, check_device, loss_of, mean_square, unchanged
 
 __all__ = ["measure", "measure_memory", "measure_time"]
@@ -143,14 +141,12 @@ def measure(
     repeats: int = 5,
     *,
     snapshot: str | Path | None = None,
-    resident: bool = False,
 ) -> Measurement:
     """Memory, time and arithmetic of a training step of any module.
 
     Args:
         model, input, loss, dtype, optimizer, snapshot: as `measure_memory`; the model is left as there.
         repeats: timed steps.
-        resident: also run a step in a process of its own; see `measure_resident`.
 
     Example:
         >>> import torch
@@ -166,9 +162,8 @@ def measure(
         time=seconds,
         flops=_count_flops(model, input, loss, dtype),
         images_per_second=input.shape[0] / seconds.step,
-        resident=measure_resident(model, input, loss, dtype, optimizer) if resident else None,
         environment={
-            "device": _device_name(input.device),
+            "device": device_name(input.device),
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
             "input": list(input.shape),
@@ -181,11 +176,3 @@ def _count_flops(model: nn.Module, input: Tensor, loss: Loss, dtype: torch.dtype
     with unchanged(model, input), FlopCounterMode(display=False) as counter:
         loss_of(model, input, loss, dtype).backward()
     return counter.get_total_flops()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpus = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()

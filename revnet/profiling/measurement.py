@@ -1,10 +1,8 @@
-"""What was measured of a training step, as a table and as a file."""
+"""What was measured of a training step, as a table."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from revnet.profiling.memory import Memory
@@ -40,8 +38,6 @@ class Measurement:
         flops: floating-point operations of a forward and a backward pass (second evaluations included), counted by
             `torch.utils.flop_counter`: two for a multiplication and addition, of products and convolutions alone.
         images_per_second: examples of the batch per second of a step.
-        resident: by how many bytes the step raised the peak resident set of a process of its own, None if not asked
-            for; see `measure_resident`.
         environment: what it was measured with: device, versions, threads, input, dtype.
     """
 
@@ -49,28 +45,11 @@ class Measurement:
     time: Time
     flops: int
     images_per_second: float
-    resident: int | None
     environment: dict[str, Any]
-
-    def save(self, path: str | Path) -> None:
-        """Writes it as JSON; `load` reads it back."""
-        content = asdict(self)
-        content["memory"]["peak"] = self.memory.peak  # for readers of the plain file
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Measurement:
-        """What `save` wrote."""
-        content = json.loads(Path(path).read_text())
-        memory = Memory(**{field.name: content["memory"][field.name] for field in fields(Memory)})
-        quartiles = tuple(content["time"]["step_quartiles"])
-        return cls(**{**content, "memory": memory, "time": Time(**{**content["time"], "step_quartiles": quartiles})})
 
     def __str__(self) -> str:
         low, high = self.time.step_quartiles
         lines = [str(self.memory)]
-        if self.resident is not None:
-            lines.append(f"{'resident':<14}{self.resident / 1e6:>12,.1f} MB")
         phases = ("forward", "backward", "optimizer", "step")
         lines += [f"{name:<14}{getattr(self.time, name) * 1e3:>12,.1f} ms" for name in phases]
         lines[-1] += f"  (quartiles {low * 1e3:,.1f} to {high * 1e3:,.1f})"

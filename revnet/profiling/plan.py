@@ -67,9 +67,9 @@ def plan(
     model: nn.Module,
     input_shape: Sequence[int],
     budget: int | str,
+    loss: Loss = mean_square,
     dtype: torch.dtype | None = None,
     optimizer: MakeOptimizer | None = None,
-    loss: Loss = mean_square,
 ) -> Plan:
     """The plan of least predicted time among those whose training step takes no more than `budget`.
 
@@ -85,13 +85,13 @@ def plan(
         input_shape: shape of a batch, the batch dimension included.
         budget: for everything in the step (`Memory.total`): bytes, or a size with a unit (`parse_bytes`). Leave part
             of a device for what an estimate does not see, see `max_batch`.
-        dtype, optimizer, loss: as for `estimate`.
+        loss, dtype, optimizer: as for `estimate`.
 
     Do not use it where the budget holds the whole step in any case: "store" is what it then gives.
 
     Raises:
         ValueError: no plan keeps to the budget (the message says the least that would do), the model has no reversible
-            sequence, or `estimate` refuses it.
+            sequence or runs its layers without calling them, as a flow does, or `estimate` refuses it.
 
     Example:
         >>> from revnet import set_activations
@@ -105,7 +105,7 @@ def plan(
     """
     available, shape = parse_bytes(budget, "budget"), checked_shape("input_shape", input_shape)
     copy = fake_copy(model)
-    costs = layer_costs(copy, shape, dtype, loss)
+    costs = layer_costs(copy, shape, loss, dtype)
     all_stored = predicted_seconds(costs, ["store"] * len(costs))
 
     def needed(found: Plan) -> int:
@@ -114,7 +114,7 @@ def plan(
 
     def planned(values: tuple[str, ...]) -> Plan:
         set_activations(copy, values)
-        memory = estimate(copy, shape, dtype, optimizer, loss)
+        memory = estimate(copy, shape, loss=loss, dtype=dtype, optimizer=optimizer)
         names = tuple(cost.name for cost in costs)
         return Plan(values, names, memory, predicted_seconds(costs, values) / all_stored)
 

@@ -16,6 +16,7 @@ __all__ = [
     "Unchanged",
     "can_go_untracked",
     "copy_buffers",
+    "copy_of",
     "sort_out",
     "version_of",
 ]
@@ -72,9 +73,17 @@ def copy_buffers(owners: Iterable[nn.Module], reads_statistics: bool) -> list[Bu
                 found.append((owner, name, None, None, 0))
             elif not value.requires_grad and name not in left_out:
                 if id(value) not in copies:
-                    copies[id(value)] = value.clone()
+                    copies[id(value)] = copy_of(value)
                 found.append((owner, name, value, copies[id(value)], version_of(value)))
     return found
+
+
+def copy_of(buffer: Tensor) -> Tensor:
+    """A clone with the attributes that somebody has given the buffer, which a plain clone has not."""
+    copy = buffer.clone()
+    # What a subclass keeps of its own is there already, and is a copy.
+    vars(copy).update(vars(buffer) | vars(copy))
+    return copy
 
 
 def sort_out(buffers: list[Buffer], reads_statistics: bool) -> tuple[Changed, Unchanged]:

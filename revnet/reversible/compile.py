@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from revnet.reversible.layer import is_invertible
 from revnet.reversible.switch import sequences_of
 
 __all__ = ["compile_branches"]
+
+_codes: dict[str, CodeType] = {}  # by the kind of part; networks share what is compiled
 
 
 def compile_branches(module: nn.Module, **options: Any) -> None:
@@ -46,9 +49,15 @@ def compile_branches(module: nn.Module, **options: Any) -> None:
 
 
 def _compile(part: nn.Module, options: dict[str, Any]) -> None:
-    """`part.compile(**options)`; that, in torch 2.11, leaves a bare nn.Sequential as it is."""
+    """`part.compile(**options)`; that, in torch 2.11, leaves a bare nn.Sequential as it is.
+
+    torch compiles a code object eight times at most (its `recompile_limit`), counting training and evaluation, with
+    gradients and without; so every kind of part has one of its own.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return part._call_impl(*args, **kwargs)
 
-    part._compiled_call_impl = torch.compile(call, **options)
+    code = _codes.setdefault(repr(part), call.__code__.replace(co_name=f"part_{len(_codes)}"))
+    own = FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+    part._compiled_call_impl = torch.compile(own, **options)

@@ -21,6 +21,7 @@ from revnet.reversible.buffers import (
     Unchanged,
     can_go_untracked,
     copy_buffers,
+    copy_of,
     sort_out,
     version_of,
 )
@@ -177,9 +178,7 @@ class Evaluation:
                         continue
                     restore.append((owner._buffers, name, value))
                     if then is not None and id(then) not in copies:
-                        copies[id(then)] = then.clone()
-                        # What a subclass keeps of its own is there already, and is a copy.
-                        vars(copies[id(then)]).update(vars(then) | vars(copies[id(then)]))
+                        copies[id(then)] = copy_of(then)
                     owner._buffers[name] = None if then is None else copies[id(then)]
             yield aliases
         finally:

@@ -109,6 +109,11 @@ class _ReversibleFunction(torch.autograd.Function):
         if torch.is_inference_mode_enabled():  # in which nothing has a graph, whatever the grad mode
             with torch.inference_mode(False), torch.no_grad():
                 return _ReversibleFunction.backward(ctx, *grad_outputs)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "torch.vmap over gradients of a layer that is reconstructed is refused; take torch.autograd.grad(..., "
+                'is_grads_batched=True), torch.func.jacrev, or activations="store"'
+            )
         grads: list[Tensor | None] = grad_outputs[0] if _BOXED else list(grad_outputs)
         if torch.is_grad_enabled():
             raise RuntimeError(

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from revnet.reversible.halves import Rearrangement
+from revnet.reversible.grid import is_transformed
+from revnet.reversible.halves import Rearrangement, dense_format
 from revnet.reversible.layer import as_output
 
 __all__ = ["Squeeze"]
+
+
+class _Moved(torch.autograd.Function):
+    """`_move`, whose gradient is laid out as it comes: in another layout a convolution adds in another order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int, undo: bool) -> Tensor:
+        ctx.factor, ctx.undo = factor, undo
+        return _move(x, factor, undo)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _move(grad, ctx.factor, not ctx.undo), None, None
+
+
+def _move(x: Tensor, factor: int, undo: bool) -> Tensor:
+    """Space to depth, or back, in the memory format of `x`, which CUDA's kernels do not keep."""
+    moved = pixel_shuffle(x, factor) if undo else pixel_unshuffle(x, factor)
+    return moved.contiguous(memory_format=dense_format(x))
+
+
+def _moved(x: Tensor, factor: int, undo: bool) -> Tensor:
+    if torch.is_grad_enabled() and not is_transformed():
+        return _Moved.apply(x, factor, undo)
+    return _move(x, factor, undo)
 
 
 class Squeeze(Rearrangement):
@@ -46,11 +75,11 @@ class Squeeze(Rearrangement):
                     f"cannot squeeze images of shape {tuple(x.shape)} by {self.factor}: give height and width that "
                     f"are multiples of {self.factor}"
                 )
-        return as_output(tuple(pixel_unshuffle(x, self.factor) for x in state))
+        return as_output(tuple(_moved(x, self.factor, undo=False) for x in state))
 
     def inverse(self, *state: Tensor, context: object = None) -> Tensor | tuple[Tensor, ...]:
         """The images that `forward` maps to `state`."""
-        return as_output(tuple(pixel_shuffle(y, self.factor) for y in state))
+        return as_output(tuple(_moved(y, self.factor, undo=True) for y in state))
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"

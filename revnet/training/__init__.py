@@ -14,7 +14,7 @@ from revnet.training.classifier import Classifier
 from revnet.training.continuation import Continuation
 from revnet.training.density import DensityEstimator
 from revnet.training.drift_guard import DriftGuard
-from revnet.training.environment import EnvironmentRecord, environment
+from revnet.training.environment_record import EnvironmentRecord
 from revnet.training.fully_shard import FullyShard
 from revnet.training.last_checkpoint import LastCheckpoint
 from revnet.training.loss_guard import LossGuard
@@ -54,6 +54,5 @@ __all__ = [
     "load_checkpoint",
     "print_summary",
     "EnvironmentRecord",
-    "environment",
     "WeightAverage",
 ]

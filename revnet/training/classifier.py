@@ -32,8 +32,8 @@ class Classifier(Task):
             own. The paper's 0.01 needs thousands of steps before validation means anything.
         test_time_flip: validate, test and predict by the mean of the logits of every image and its mirror image.
 
-    Logged: `train/loss` per step, `{train,val,test}/accuracy` and `{val,test}/loss` per epoch. No step waits for the
-    device so that something can be logged.
+    Logged: `train/loss` per step, `{train,val,test}/accuracy` and `{val,test}/loss` per epoch, losses with the label
+    smoothing of `loss`. No step waits for the device so that something can be logged.
 
     Example:
         >>> from functools import partial

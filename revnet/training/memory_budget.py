@@ -55,7 +55,7 @@ def spend_memory(
     if held >= budget:
         raise ValueError(f"memory_budget={memory_budget}: {beside} already; give more")
     try:
-        found = plan(network, input_shape, budget - held, DTYPES[str(precision)], optimizer)
+        found = plan(network, input_shape, budget - held, dtype=DTYPES[str(precision)], optimizer=optimizer)
     except ValueError as error:
         of_the_rest = f"{beside}, and of what is left " if held else ""
         raise ValueError(f"memory_budget={memory_budget}: {of_the_rest}{error}") from error
@@ -87,18 +87,19 @@ def out_of_memory(
         f"out of memory at a batch of {batch} images of shape {tuple(shape)}: there are {memory / 1e6:,.0f} MB in all"
     )
     if hasattr(network, "log_prob") or any(isinstance(module, FSDPModule) for module in network.modules()):
-        # The step of a flow, and what is shared out among devices, cannot be estimated.
+        # An estimate gives no labels to a flow that needs them, and does not see what is shared out among devices.
         return f"{line}; try a smaller data.batch_size"
     try:
-        taken = estimate(network, input_shape, dtype, optimizer).total
+        taken = estimate(network, input_shape, dtype=dtype, optimizer=optimizer).total
         line += f", and the training takes {(taken + held) / 1e6:,.0f} MB"
         if taken <= budget:
             return f"{line}: something else holds the rest; end it, or try a smaller data.batch_size"
-        remedies = [f"data.batch_size={max_batch(network, budget, shape, dtype, optimizer)} or less fits"]
+        largest = max_batch(network, shape, budget, dtype=dtype, optimizer=optimizer)
+        remedies = [f"data.batch_size={largest} or less fits"]
     except ValueError as error:  # not even one image fits, or the network cannot be estimated
         return f"{line}: {error}"
     try:
-        planned = plan(network, input_shape, budget, dtype, optimizer)
+        planned = plan(network, input_shape, budget, dtype=dtype, optimizer=optimizer)
     except ValueError:  # no sequence, or no plan fits
         pass
     else:

@@ -20,7 +20,8 @@ class Task(pl.LightningModule):
     """A network, and the factories of its optimizer and learning-rate schedule; a subclass adds the steps.
 
     A training that goes on from a checkpoint takes the optimizer's state from there, and those of its settings that
-    have been changed since (`lr`, `weight_decay`, ...) from here.
+    have been changed since (`lr`, `weight_decay`, ...) from here. Where an epoch has another number of steps than
+    before (another batch size, accumulation or number of devices), the schedule goes on at the same share of the way.
 
     Args:
         network: any module.
@@ -47,6 +48,7 @@ class Task(pl.LightningModule):
         self._scheduler = scheduler
         self._settings: dict[str, Any] = {}
         self._loaded_settings: dict[str, Any] = {}
+        self._steps_per_epoch: float | None = None  # of a training whose length is a number of epochs
 
     def try_settings(self) -> None:
         """Make optimizer and schedule once for nothing, so that what they refuse is known before data is loaded.
@@ -70,6 +72,8 @@ class Task(pl.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if self._scheduler is not None and total_steps == float("inf"):
             raise ValueError("the schedule needs to know when training ends: set the trainer's max_epochs or max_steps")
+        epochs = self.trainer.max_epochs or -1
+        self._steps_per_epoch = total_steps / epochs if epochs > 0 and self.trainer.max_steps == -1 else None
         optimizer = self._made_optimizer()
         self._settings = _settings(optimizer)
         _check_same(self._loaded_settings, self._settings)
@@ -89,7 +93,10 @@ class Task(pl.LightningModule):
         if then:
             schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             _change(self.trainer.optimizers[0], schedules, then["groups"], self._settings["groups"])
+            before, now = then.get("steps_per_epoch"), self._steps_per_epoch
             for schedule in schedules:
+                if before is not None and now is not None and before != now:
+                    _move(schedule, now / before)
                 if isinstance(schedule, LambdaLR):
                     _take_rates(schedule)
 
@@ -101,7 +108,7 @@ class Task(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing."""
-        checkpoint["optimizer_settings"] = self._settings
+        checkpoint["optimizer_settings"] = {**self._settings, "steps_per_epoch": self._steps_per_epoch}
         if self.config is not None:
             checkpoint["config"] = self.config
 
@@ -131,6 +138,16 @@ def _change(
             group["lr"] = group["lr"] * after["lr"] / before["lr"] if before["lr"] else after["lr"]
             for schedule in schedules:
                 schedule.base_lrs[index] = group["initial_lr"] = after["lr"]
+
+
+def _move(schedule: LRScheduler, steps: float) -> None:
+    """Puts a schedule to its place where there are that many steps for each of before."""
+    if not isinstance(schedule, LambdaLR):
+        raise ValueError(
+            f"scheduler: {type(schedule).__name__} cannot go on in epochs of {steps:.3g} times as many steps; "
+            f"keep data.batch_size, trainer.accumulate_grad_batches and the number of devices"
+        )
+    schedule.last_epoch = round(schedule.last_epoch * steps)
 
 
 def _take_rates(schedule: LambdaLR) -> None:

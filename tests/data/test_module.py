@@ -195,6 +195,7 @@ def test_every_pass_is_another_epoch_where_no_trainer_counts_them():
     [
         ({}, 2),
         ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "3", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}, 3),  # not bound to its share
         ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, 2),  # srun --pty bash
         ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "RANK": "0"}, 2),  # srun torchrun
     ],
@@ -208,6 +209,11 @@ def test_a_device_has_its_share_of_the_processors(variables, number, monkeypatch
     data = Fake(image_shape=(3, 4, 4))
     data.trainer = SimpleNamespace(num_devices=4)
     assert data.workers([]) == number
+
+
+def test_a_module_of_no_images_says_what_it_lacks():
+    with pytest.raises(NotImplementedError, match="ImageDataModule must define `load`"):
+        ImageDataModule((3, 4, 4), 10).setup()
 
 
 def test_images_in_memory_need_no_worker_but_can_have_some():

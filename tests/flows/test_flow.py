@@ -298,6 +298,20 @@ def test_the_first_finite_batch_initialises():
     torch.testing.assert_close(flow.encode(x).std(0, correction=0), torch.ones(2))
 
 
+def test_a_step_in_both_directions_wants_a_batch_first():
+    flow, batch = Flow([ReversibleSequence([ActNorm(2), Scaling((2,))])], (2,)), 5 + 2 * torch.randn(16, 2)
+
+    def backward():
+        _, log_prob = flow.sample_and_log_prob(8)
+        (log_prob.mean() - flow.log_prob(batch).mean()).backward()
+
+    with pytest.raises(RuntimeError, match="changed in place between the forward and the backward pass"):
+        backward()
+    flow.zero_grad()
+    backward()  # by now they have seen it
+    assert all(parameter.grad.isfinite().all() for parameter in flow.parameters())
+
+
 def test_stages_and_shapes_that_do_not_fit():
     stages = [ReversibleSequence([FactorOut()]), ReversibleSequence([Scaling((2, 4, 4))])]
     with pytest.raises(ValueError, match=r"hold 96 components, but event_shape=\(4, 4, 4\) has 64"):
@@ -356,6 +370,13 @@ def test_copies_are_flows_of_their_own(tmp_path):
 def test_a_flow_of_one_dtype_or_another_has_its_prior_there():
     assert plane().sample(2).dtype == torch.float64
     assert plane().float().sample(2).dtype == torch.float32
+
+
+@pytest.mark.parametrize("prior", ["normal", "logistic"])
+def test_a_density_has_its_prior_where_the_latents_are(prior):
+    flow = Flow([ReversibleSequence([Split(), Merge()])], (2,), prior=prior)  # which nothing else says
+    assert flow.log_prob(torch.empty(3, 2, device="meta")).device.type == "meta"
+    assert flow.log_prob(torch.randn(3, 2, dtype=torch.float64)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.flows import CheckerboardBranch, CheckerboardSplit, OddEvenSplit, Split, Squeeze
+from revnet.flows import CheckerboardBranch, CheckerboardSplit, DiagonalFirst, OddEvenSplit, Split, Squeeze
 
 
 def test_checkerboard_holds_the_pixels_of_each_colour():
@@ -48,6 +48,7 @@ def test_odd_and_even_components(dim):
         (OddEvenSplit(), (2, 5), "cannot split 5 components.*give an even number"),
         (CheckerboardSplit(), (2, 3, 4, 5), r"\(2, 3, 4, 5\) by a checkerboard.*even width"),
         (CheckerboardSplit(), (2, 6), "by a checkerboard: give images"),
+        (DiagonalFirst(), (2, 6, 4, 4), r"shape \(2, 6, 4, 4\) by the pixels of squares: give 4 channels for each"),
         (Split(), (2, 3, 4, 4), "cannot split 3 channels.*give an even number"),
         (Squeeze(), (2, 3, 5, 4), "cannot squeeze images"),
     ],

@@ -59,3 +59,22 @@ def test_under_autocast_the_first_relu_keeps_what_the_convolution_reads(branch, 
     assert plain - lean == x.nbytes
     assert torch.equal(y, expected)
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
+class View(nn.Module):
+    """A normalisation that is none."""
+
+    def forward(self, x):
+        return x.view(x.shape)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("branch", [BasicBranch, BottleneckBranch])
+def test_a_normalisation_that_returns_a_view_of_its_input_leaves_it_as_it_is(branch, inference):
+    module, x = branch(8, 8, norm_layer=lambda _: View()), torch.randn(2, 8, 5, 5)
+    before = x.clone()
+    with torch.inference_mode(inference):
+        y = module(x)
+    assert torch.equal(x, before)
+    module.relu.inplace = False
+    assert torch.equal(y, module(x))

@@ -173,6 +173,17 @@ def test_the_stem_is_seen_as_that_of_a_resnet():
         assert torch.equal(found[name], hooked[name])
 
 
+def test_features_of_the_last_stage_are_its_own_behind_a_normalisation_that_is_none():
+    network, x, truth = get_model("revnet18", norm_layer=lambda _: nn.Identity()).eval(), images(), []
+    network.layer4.register_forward_hook(lambda _m, _i, y: truth.append(y.detach().clone()))
+    network(x)
+    found = create_feature_extractor(network, ["layer4", "fc"])(x)
+    gotten = IntermediateLayerGetter(network, {"layer4": "layer4", "avgpool": "avgpool"})(x)
+    assert truth[0].min() < 0
+    assert torch.equal(found["layer4"], truth[0])
+    assert torch.equal(gotten["layer4"], truth[0])
+
+
 @pytest.mark.parametrize(("name", "share"), [("revnet50", 0.4), ("revnet101", 0.3)])
 def test_an_extractor_keeps_the_saving_of_memory(name, share):
     extractor = create_feature_extractor(get_model(name), STAGES)

@@ -55,6 +55,10 @@ def test_parameters_and_multiply_adds_are_those_of_the_table_and_within_3_percen
         assert abs(ratio - 1) <= Fraction(3, 100)
 
 
+def test_the_builders_are_those_of_the_table():
+    assert list(family.BUILDERS) == re.findall(r"^\| `(\w+)` \|", family.__doc__, re.M) == FAMILY
+
+
 @pytest.mark.parametrize("size", [(224, 224), (97, 130)])
 @pytest.mark.parametrize("name", FAMILY)
 def test_stages_have_the_shapes_of_the_resnets(name, size):

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from revnet import ReversibleSequence, set_activations
-from revnet.models import get_model, list_models, revnet18, revnet38, revnet56
+from revnet.models import RevNet, get_model, list_models, revnet18, revnet38, revnet56
+from revnet.models.branches import BasicBranch
+from revnet.models.paper import table_1
 from revnet.models.units import PoolPadShortcut
 from revnet.profiling import MemoryTimeline, measure_memory
 from revnet.reversible import slots
@@ -133,6 +135,52 @@ def test_the_first_layer_may_be_anything():
     network = revnet18(num_classes=5)
     network.conv1 = nn.Sequential(nn.Conv2d(6, 3, 1), network.conv1)
     assert network(torch.randn(2, 6, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("child", "layer"),
+    [
+        ("relu", nn.ReLU()),
+        ("relu", nn.SiLU()),
+        ("relu", nn.LeakyReLU(-0.5)),
+        ("maxpool", nn.MaxPool2d(2)),
+        ("maxpool", nn.AvgPool2d(3, 2, 1)),
+    ],
+)
+def test_the_stem_computes_its_children_one_after_the_other_whatever_stands_there(child, layer):
+    network, x = revnet18(num_classes=3).eval(), 10 * torch.randn(2, 3, 64, 64)
+    setattr(network, child, layer)
+    assert torch.equal(network.run_stem(x), network.maxpool(network.relu(network.bn1(network.conv1(x)))))
+
+
+def without_normalisation():
+    def identity(channels):
+        return nn.Identity()
+
+    stem_and_stages = table_1(BasicBranch, (2, 2), (8, 8, 16), identity)
+    return RevNet(*stem_and_stages, small_images=True, num_classes=3, norm_layer=identity).double()
+
+
+def test_a_network_without_normalisation_has_the_gradients_of_store():
+    network, x = without_normalisation(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    set_activations(network, "store")
+    y, truth = step(network, x)
+    set_activations(network, "reconstruct")
+    z, found = step(network, x)
+    assert torch.equal(y, z)
+    assert relative(found, truth) <= 1e-10
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_the_tail_leaves_alone_what_the_last_stage_returned(with_gradients):
+    network, taps = without_normalisation(), []
+    set_activations(network, "store")
+    network.layer2.register_forward_hook(lambda _m, _i, y: taps.append((y, y.detach().clone())))
+    with torch.set_grad_enabled(with_gradients):
+        network(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    ((tapped, then),) = taps
+    assert then.min() < 0
+    assert torch.equal(tapped, then)
 
 
 def test_gray_images_and_other_class_counts():

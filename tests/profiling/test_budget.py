@@ -30,7 +30,7 @@ def test_no_sizes(size):
 def test_the_largest_batch_fits_and_one_more_does_not(optimizer, budget):
     # Wide enough that for small batches the optimizer's step is what takes most.
     network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-    batch = max_batch(network, budget, (64,), optimizer=optimizer)
+    batch = max_batch(network, (64,), budget, optimizer=optimizer)
     totals = [estimate(network, (size, 64), optimizer=optimizer).total for size in (batch, batch + 1)]
     assert totals[0] <= parse_bytes(budget) < totals[1]
 
@@ -38,14 +38,14 @@ def test_the_largest_batch_fits_and_one_more_does_not(optimizer, budget):
 def test_it_takes_few_estimates(monkeypatch):
     tried = []
 
-    def counted(model, shape, *arguments):
+    def counted(model, shape, **options):
         tried.append(shape[0])
-        return estimate(model, shape, *arguments)
+        return estimate(model, shape, **options)
 
     monkeypatch.setattr("revnet.profiling.budget.estimate", counted)
-    reconstructed = max_batch(get_model("revnet38"), "300MB", (3, 32, 32))
+    reconstructed = max_batch(get_model("revnet38"), (3, 32, 32), "300MB")
     assert len(tried) <= 8
-    assert reconstructed > 3 * max_batch(get_model("revnet38", activations="store"), "300MB", (3, 32, 32))
+    assert reconstructed > 3 * max_batch(get_model("revnet38", activations="store"), (3, 32, 32), "300MB")
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,16 @@ def test_the_search_begins_at_two_where_the_network_refuses_one(network, shape):
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         estimate(network, (1, *shape))
     two, four = (estimate(network, (batch, *shape)).total for batch in (2, 4))
-    assert [max_batch(network, budget, shape) for budget in (two, four - 1, four)] == [2, 3, 4]
+    assert [max_batch(network, shape, budget) for budget in (two, four - 1, four)] == [2, 3, 4]
     with pytest.raises(ValueError, match=f"is too small: a batch of 2 takes {two:,} bytes"):
-        max_batch(network, two - 1, shape)
+        max_batch(network, shape, two - 1)
 
 
 def test_the_least_budget_is_told():
     network = nn.Linear(100, 100)
     least = estimate(network, (1, 100)).total
     with pytest.raises(ValueError, match=f"budget='1kB' is too small: a batch of 1 takes {least:,} bytes"):
-        max_batch(network, "1kB", (100,))
-    assert max_batch(network, least, (100,)) == 1
+        max_batch(network, (100,), "1kB")
+    assert max_batch(network, (100,), least) == 1
     with pytest.raises(ValueError, match=r"input_shape=\(1, 99\): Linear does not take it"):
-        max_batch(network, "1GB", (99,))
+        max_batch(network, (99,), "1GB")

@@ -9,6 +9,7 @@ from torch import nn
 
 from revnet.models import get_model
 from revnet.profiling import estimate, measure_memory
+from revnet.profiling.estimate import fake_copy
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -57,7 +58,8 @@ def test_a_model_without_data_is_estimated_as_on_a_cpu(dtype):
     network = Scaled(8)
     with torch.device("meta"):
         without = Scaled(8)
-    assert estimate(without, (4, 8), dtype=dtype, optimizer=SGD) == estimate(network, (4, 8), dtype, SGD)
+    first, second = (estimate(model, (4, 8), dtype=dtype, optimizer=SGD) for model in (without, network))
+    assert first == second
     assert {t.device.type for t in (without.linear.weight, without.scale)} == {"meta"}
 
 
@@ -97,6 +99,28 @@ def test_a_feature_map_that_a_forward_pass_has_left_is_no_hindrance():
     network.last = last
     estimate(network, (8, 64))
     assert network.last is last
+
+
+class Marked(nn.Linear):
+    """Its forward pass reads what hangs on a parameter and on a buffer, and notes there that it ran."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.register_buffer("mask", torch.ones(8))
+        self.weight.scale, self.weight.calls, self.mask.factor = 0.5, [], 2.0
+
+    def forward(self, x):
+        self.weight.calls.append(len(x))
+        return super().forward(x) * self.weight.scale + self.mask * self.mask.factor
+
+
+def test_what_hangs_on_parameters_and_buffers_goes_along_and_is_not_changed():
+    network = Marked()
+    estimated = estimate(network, (4, 8))
+    assert network.weight.calls == []
+    assert estimated == measure_memory(network, torch.randn(4, 8))
+    again = fake_copy(fake_copy(network))  # as a plan makes it
+    assert (again.weight.scale, again.mask.factor) == (0.5, 2.0)
 
 
 def test_mistakes_are_told(caplog):

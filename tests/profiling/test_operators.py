@@ -42,7 +42,7 @@ def test_a_workspace_that_its_library_alone_knows_is_refused(train):
     with pytest.raises(ValueError, match=match):
         estimate(network, (50, 32, 64))
     with pytest.raises(ValueError, match=match):
-        max_batch(network, "1GB", (32, 64))
+        max_batch(network, (32, 64), "1GB")
     with pytest.raises(ValueError, match=r"^LSTM: .*mkldnn_rnn_layer"):
         estimate(nn.LSTM(64, 64).train(train), (50, 32, 64))
     coupled = [Split(-1), AdditiveCoupling(Recurrent(nn.LSTM(64, 64))), Merge(-1)]

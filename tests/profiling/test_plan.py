@@ -61,7 +61,7 @@ def test_the_search_finds_what_brute_force_finds(seed):
 def test_the_search_over_a_real_network_finds_what_brute_force_finds():
     blocks = [ReversibleBlock(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())) for _ in range(6)]
     model = ReversibleSequence([Split(), *blocks, Merge()])
-    costs = layer_costs(model, (16, 16), None, mean_square)
+    costs = layer_costs(model, (16, 16), mean_square, None)
     every = list(product(*(cost.seconds for cost in costs)))
     for share in (1, 0.8, 0.6):
         budget = int(share * predicted_peak(costs, ["store"] * len(costs)))
@@ -77,7 +77,7 @@ def test_the_search_over_a_real_network_finds_what_brute_force_finds():
 def test_the_peak_that_the_search_expects_is_that_of_the_step(name, exact):
     network = get_model(name, exact=exact)
     shape = (4, 3, 64, 64) if name == "revnet56" else SHAPE
-    costs = layer_costs(network, shape, None, mean_square)
+    costs = layer_costs(network, shape, mean_square, None)
     draw = random.Random(0)
     plans = [[draw.choice(sorted(cost.seconds)) for cost in costs] for _ in range(3)]
     for activations, tolerance in [*((value, 0.02) for value in ACTIVATIONS), *((values, 0.1) for values in plans)]:
@@ -94,12 +94,12 @@ def test_the_step_that_was_planned_stays_within_the_budget(dtype):
     network = get_model("revnet38")
     before = [slot.value() for slot in slots(network)]
     store = get_model("revnet38", activations="store")
-    most = estimate(store, SHAPE, dtype, SGD).total
+    most = estimate(store, SHAPE, dtype=dtype, optimizer=SGD).total
     x, seconds = torch.randn(SHAPE), []
-    least = estimate(get_model("revnet38"), SHAPE, dtype, SGD).total
+    least = estimate(get_model("revnet38"), SHAPE, dtype=dtype, optimizer=SGD).total
     for share in (0.02, 0.6, 1.0):
         budget = int(1.003 * (least + share * (most - least)))
-        found = plan(network, SHAPE, budget, dtype, SGD)
+        found = plan(network, SHAPE, budget, dtype=dtype, optimizer=SGD)
         assert [slot.value() for slot in slots(network)] == before
         seconds.append(found.seconds_over_store)
         set_activations(store, found)
@@ -153,11 +153,53 @@ def test_what_reconstruction_of_everything_takes_is_enough():
     assert plan(network, shape, least).memory.total <= least
 
 
+class Wrapped(nn.Module):
+    """Something around a network, called as it is; its `log_prob` is that of no flow."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)
+
+    def log_prob(self, x):
+        return self(x).log_softmax(1)
+
+
+def test_a_flow_is_refused_for_layers_that_are_not_called():
+    flow = nice((8,), hidden=8, layers=1, dequantise=False)
+    with pytest.raises(ValueError, match=r"^Flow runs stages\.0\.2 without calling it, as flows do for the log-det"):
+        plan(flow, (2, 8), "1GB")
+    with pytest.raises(ValueError, match=r"^Wrapped runs network\.stages\.0\.2 without calling it"):
+        plan(Wrapped(flow), (2, 8), "1GB")
+
+
+def test_a_method_log_prob_alone_makes_no_flow():
+    found = plan(Wrapped(get_model("revnet38")), SHAPE, "6MB")
+    assert found.values == plan(get_model("revnet38"), SHAPE, "6MB").values
+
+
+class HalfUsed(nn.Module):
+    """One of its sequences does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = (
+            ReversibleSequence([Split(), ReversibleBlock(nn.Linear(8, 8), nn.Linear(8, 8)), Merge()]) for _ in range(2)
+        )
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_layer_that_does_not_run_is_no_hindrance():
+    assert set(plan(HalfUsed(), (4, 16), "1GB")) == {"store"}
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="Linear has no ReversibleSequence, so there is nothing to plan"):
         plan(nn.Linear(3, 3), (2, 3), "1GB")
-    with pytest.raises(ValueError, match="Flow is a flow, whose layers are not planned for one by one"):
-        plan(nice((8,), hidden=8, layers=1, dequantise=False), (2, 8), "1GB")
     with pytest.raises(ValueError, match="budget must be a positive integer"):
         plan(get_model("revnet38"), SHAPE, "1 gallon")
     with pytest.raises(ValueError, match=r"input_shape=\(4, 5, 16, 16\)"):

@@ -72,6 +72,15 @@ def test_a_deeper_network_compiles_no_more_graphs():
     assert graphs == [6, 6]
 
 
+def test_all_kinds_of_branches_are_compiled_for_evaluation_and_for_training():
+    net = network(2)
+    compile_branches(net, backend="aot_eager")
+    with torch.no_grad():
+        net.eval()(torch.randn(2, 3, 8, 8))
+    net.train()(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 2 * 6
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_gradients_are_bit_equal_to_compiled_store_in_single_and_half_precision(autocast):
     def gradients(activations):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
 from revnet import ReversibleBlock, ReversibleSequence, is_recomputing
-from revnet.reversible import Merge, Rearrangement, ReconstructionError, Split, Squeeze
+from revnet.reversible import Merge, Rearrangement, ReconstructionError, Split, Squeeze, squeeze
 from tests.reversible.networks import EXACT, same
 
 C = 6
@@ -151,3 +152,15 @@ def test_halves_with_gaps_are_made_dense_in_exact_mode(fixed, memory_format):
         found.append([p.grad for p in net.parameters()])
     assert all(map(torch.equal, *found))
     assert net.reconstruction_error == 0
+
+
+def test_a_squeeze_keeps_the_memory_format_where_the_kernels_of_a_device_do_not(monkeypatch):
+    """Those of CUDA give tensors in torch's default format, whatever they are given."""
+    for move in (F.pixel_shuffle, F.pixel_unshuffle):
+        monkeypatch.setattr(squeeze, move.__name__, lambda x, factor, move=move: move(x, factor).contiguous())
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = Squeeze()(x)
+    y.backward(torch.randn_like(y))
+    undone = Squeeze().inverse(y)
+    assert torch.equal(undone, x)
+    assert [t.is_contiguous(memory_format=torch.channels_last) for t in (y, undone, x.grad)] == [True] * 3

@@ -111,6 +111,14 @@ def test_func_grad_of_parameters(activations, exact):
     assert same(list(found.values()), truth, exact)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_vmap_over_gradients_of_what_is_reconstructed_is_refused_with_the_remedy(exact):
+    net, x = evaluating("reconstruct", exact), torch.randn(1, 8, 2, 2, dtype=torch.float64, requires_grad=True)
+    y = net(x)
+    with pytest.raises(RuntimeError, match=r"refused; take torch.autograd.grad\(..., is_grads_batched=True\)"):
+        vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True))(torch.eye(32, dtype=x.dtype).view(32, *y.shape))
+
+
 @MODES
 def test_vmap_and_gradients_of_every_example(activations, exact):
     x = torch.randn(3, 8, 4, 4, dtype=torch.float64)

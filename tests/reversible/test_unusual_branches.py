@@ -320,6 +320,20 @@ class Annotated(nn.Module):
         return F.linear(h, self.trained.weight * self.trained.weight.scale).tanh()
 
 
+class Averaged(nn.Module):
+    """Writes to a buffer at the rate that is an attribute of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+        self.register_buffer("mean", torch.zeros(C, dtype=torch.float64))
+        self.mean.rate = 0.5
+
+    def forward(self, x):
+        self.mean.lerp_(x.detach().mean(0), self.mean.rate)
+        return self.inner(x - self.mean).tanh()
+
+
 class RecomputesItself(torch.autograd.Function):
     """Evaluates its module again in its backward pass, whose gradients go straight to `.grad`."""
 
@@ -350,7 +364,7 @@ class OwnCheckpoint(nn.Module):
 
 
 @MODES
-@pytest.mark.parametrize("branch", [SharedBuffer, FilledAtFirst, Annotated, Memory, OwnCheckpoint])
+@pytest.mark.parametrize("branch", [SharedBuffer, FilledAtFirst, Annotated, Averaged, Memory, OwnCheckpoint])
 def test_gradients_of_unusual_branches_are_those_of_store(activations, exact, branch):
     assert_as_store(branch, activations, exact)
 

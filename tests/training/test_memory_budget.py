@@ -55,7 +55,7 @@ def test_what_did_not_fit_is_told_with_what_would() -> None:
     assert found is not None, line
     assert int(found[1]) > 10
     batch = int(found[2])
-    least, more = (estimate(network, (b, 3, 8, 8), None, SGD).total for b in (batch, batch + 1))
+    least, more = (estimate(network, (b, 3, 8, 8), optimizer=SGD).total for b in (batch, batch + 1))
     assert least <= 10_800_000 < more
     beside = out_of_memory(network, (32, 3, 8, 8), "32-true", SGD, 14_222_223, held=2_000_000)
     assert f"training takes {int(found[1]) + 2} MB: data.batch_size={batch} or less" in beside

@@ -69,6 +69,25 @@ def test_a_longer_training_goes_on_at_the_rate_of_its_own_schedule(fit: Fit, tmp
     assert longer == whole[8:]
 
 
+@pytest.mark.parametrize("batches", [2, 1])
+def test_with_fewer_steps_an_epoch_a_schedule_goes_on_at_its_share_of_the_way(
+    batches: int, fit: Fit, half: Callable[..., Path]
+) -> None:
+    path = half(classifier(one_cycle))
+    settings: dict[str, Any] = {"accumulate_grad_batches": 4 // batches}
+    whole, resumed = (rates(fit, classifier(one_cycle), ckpt=ckpt, **settings) for ckpt in (None, path))
+    assert resumed == whole[len(whole) // 2 :]  # of the batches: the rates of each step
+
+
+def test_a_schedule_of_torch_is_not_gone_on_with_in_epochs_of_other_lengths(
+    fit: Fit, half: Callable[..., Path]
+) -> None:
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
+    path = half(classifier(cycle))
+    with pytest.raises(ValueError, match=r"scheduler: OneCycleLR cannot go on in epochs of 0\.5 times as many steps"):
+        rates(fit, classifier(cycle), ckpt=path, accumulate_grad_batches=2)
+
+
 def test_what_a_schedule_has_made_of_other_settings_is_kept(fit: Fit, half: Callable[..., Path]) -> None:
     cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
     path, whole = half(classifier(cycle)), rates(fit, classifier(cycle))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
-from os import PathLike
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 
-__all__ = ["EnvironmentRecord", "environment"]
+__all__ = ["environment"]
 
 PACKAGE = Path(__file__).parent
 
@@ -38,27 +34,6 @@ def environment() -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-class EnvironmentRecord(Callback):
-    """Write the `environment` of a training to `environment.json`, or `environment_1.json` and so on when it goes on.
-
-    That a training has such a file says that it has begun.
-
-    Args:
-        directory: of the run.
-    """
-
-    def __init__(self, directory: str | PathLike[str]) -> None:
-        self.directory = Path(directory)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the file, in one process."""
-        if trainer.is_global_zero:
-            number = len(list(self.directory.glob("environment*.json")))
-            file = self.directory / (f"environment_{number}.json" if number else "environment.json")
-            self.directory.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(environment(), indent=2) + "\n")
 
 
 def _commit(directory: Path) -> str | None:

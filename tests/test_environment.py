@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from revnet.training import environment
+from revnet.environment import environment
 
 
 def test_environment_is_plain_and_true() -> None:
