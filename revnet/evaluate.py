@@ -62,7 +62,7 @@ def offer_checkpoint(overrides: list[str]) -> None:
             )
     elif not any(text.startswith("-") for text in overrides):
         raise ValueError(f"ckpt_path and weights are missing: revnet-eval {CHECKPOINT}, or weights=PATH data=digits")
-    rest: dict[str, Any] = {key: config[key] for key in ("name",) if key in config}
+    rest: dict[str, Any] = {"name": config["name"]} if "name" in config else {}
     chosen = next((text.partition("=")[2] for text in overrides if text.startswith("data=")), None)
     ours = chosen is None or (resources.files("revnet.conf") / "data" / f"{chosen}.yaml").is_file()
     if ours and "normalization" in config["data"]:

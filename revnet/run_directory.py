@@ -1,4 +1,4 @@
-"""No run overwrites another, and one that was stopped goes on in its directory."""
+"""No run overwrites another, and one that goes on has its directory to itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
-from yaml import YAMLError  # type: ignore[import-untyped]
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from revnet.mistakes import leave
 from revnet.processes import agree, rank
@@ -25,7 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["KeepRuns", "checkpoints_of", "claim", "forget", "with_saved_overrides"]
+__all__ = ["PLACE", "KeepRuns", "checkpoints_of", "claim", "forget", "records"]
 
 
 PLACE = "callbacks.last.dirpath"  # of the last checkpoints of a training
@@ -63,7 +60,7 @@ class KeepRuns(Callback):
         elif _is_of_another_run(config.ckpt_path, directory / "checkpoints", checkpoints_of(config, directory)):
             self._refuse(config, directory, f"go on from {config.ckpt_path} in another run_dir")
         elif config.hydra.output_subdir is not None:
-            earlier = _records(directory, config.hydra.output_subdir)
+            earlier = records(directory, config.hydra.output_subdir)
             if earlier and not _lock(earlier[min(earlier)]):
                 leave(config.hydra.job.config_name, STILL_GOES_ON.format(directory), status=2)
             with read_write(config.hydra):
@@ -145,52 +142,6 @@ def checkpoints_of(config: DictConfig, directory: str | os.PathLike[str]) -> Pat
     return Path(OmegaConf.select(config, PLACE) or Path(directory, "checkpoints"))
 
 
-def with_saved_overrides(arguments: list[str]) -> list[str]:
-    """Put what a run was started with before the overrides that are to go on with it.
-
-    With `ckpt_path=last` and `run_dir=PATH` among them, the overrides in the newest record of PATH (`.hydra`, or
-    `.hydra_N` of a run that was resumed before) come first, so that they hold again, and those given now on top of
-    them; its `--config-dir` holds again, too, unless another is given. The checkpoint is that which the run itself was
-    to go on from where it has not come to one of its own. Any other arguments are returned as they are.
-
-    Raises:
-        ValueError: there is no such record, or the directory is not given.
-    """
-    if "ckpt_path=last" not in arguments:
-        return arguments
-    given = [argument for argument in arguments if argument.startswith("run_dir=")]
-    if not given:
-        raise ValueError("ckpt_path=last goes on with one run, so its directory is needed: run_dir=runs/NAME/DATE")
-    parse = OverridesParser.create().parse_override
-    directory = Path(str(parse(given[-1]).value()))
-    records = {
-        number: record / "overrides.yaml"
-        for number, record in _records(directory, ".hydra").items()
-        if (record / "overrides.yaml").is_file()
-    }
-    if not records:
-        raise ValueError(f"{given[-1]}: no run was started there (it has no .hydra/overrides.yaml)")
-    record = records[max(records)]
-    try:
-        loaded: Any = OmegaConf.load(record)
-    except YAMLError:
-        loaded = None
-    if not isinstance(loaded, ListConfig):  # what a full disk or a loss of power leaves is no list
-        raise ValueError(f"{record} is empty or damaged: give ckpt_path=PATH, and what the run was started with, anew")
-    saved = [str(override) for override in loaded]
-    again = {argument.partition("=")[0] for argument in arguments}
-    origin = [override for override in saved if override.startswith("ckpt_path=") and parse(override).value()]
-    moved = [o for o in (*saved, *arguments) if o.lstrip("+").startswith(f"{PLACE}=") and "${" not in o]
-    places = [directory / "checkpoints", *(Path(str(parse(o).value())) for o in moved)]
-    if origin and not any(any(place.glob("*.ckpt")) for place in places):
-        arguments = [origin[-1] if argument == "ckpt_path=last" else argument for argument in arguments]
-    saved = [override for override in saved if override.partition("=")[0] not in again]
-    flags = get_args_parser().parse_args(arguments)
-    first = arguments.index(flags.overrides[0])  # flags may stand before overrides and behind, not in their midst
-    directory_of_configs = [] if flags.config_dir else _config_dir(record.with_name("hydra.yaml"))
-    return [*directory_of_configs, *arguments[:first], *saved, *arguments[first:]]
-
-
 def forget(directory: Path) -> None:
     """Remove what was written of a run that was refused before it began.
 
@@ -211,12 +162,6 @@ def forget(directory: Path) -> None:
             directory.rmdir()
 
 
-def _config_dir(record: Path) -> list[str]:
-    """The flag that a run was started with, or nothing."""
-    sources = OmegaConf.load(record).hydra.runtime.config_sources
-    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-
-
 def _is_of_another_run(ckpt_path: str, *places: Path) -> bool:
     """Whether a run that has checkpoints of its own, in these places, is to go on from one that is none of them."""
     own = [place.resolve() for place in places]
@@ -224,7 +169,7 @@ def _is_of_another_run(ckpt_path: str, *places: Path) -> bool:
     return others and any(any(place.glob("*.ckpt")) for place in own)
 
 
-def _records(directory: Path, name: str) -> dict[int, Path]:
+def records(directory: Path, name: str) -> dict[int, Path]:
     """The directories `name`, `name_1`, `name_2` and so on that are there, by their numbers."""
     found = {path: re.fullmatch(rf"{re.escape(name)}(?:_(\d+))?", path.name) for path in directory.glob(f"{name}*")}
     return {int(match[1] or 0): path for path, match in found.items() if match is not None}

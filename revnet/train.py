@@ -24,10 +24,11 @@ from revnet.cli import command
 from revnet.mistakes import is_out_of_memory, leave
 from revnet.processes import rank, started
 from revnet.reversible import compile_branches, set_chunk_size
-from revnet.run_directory import checkpoints_of, with_saved_overrides
+from revnet.run_directory import checkpoints_of
+from revnet.saved_overrides import with_saved_overrides
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and a mistyped name or --help need not wait for them
-    from pytorch_lightning import LightningDataModule, Trainer
+    from pytorch_lightning import Callback, LightningDataModule, Trainer
 
     from revnet.training import Task
 
@@ -77,10 +78,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         AtomicCheckpoints,
         EnvironmentRecord,
         TrainingMonitor,
-        load_checkpoint,
-        newest_checkpoint,
         print_summary,
-        read_checkpoint,
         spend_memory,
     )
 
@@ -97,42 +95,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise ValueError(f"memory_budget={cfg.memory_budget} is for classifiers: set model.activations for a flow")
     if cfg.chunk_size is not None:
         set_chunk_size(task.network, cfg.chunk_size)
-    ckpt_path = cfg.ckpt_path
-    if ckpt_path == "last":
-        checkpoints = checkpoints_of(cfg, cfg.run_dir)
-        found = newest_checkpoint(checkpoints)
-        if found is None and any(checkpoints.glob("*.ckpt")):
-            raise ValueError(
-                f"ckpt_path=last: no checkpoint in {checkpoints} can be read and gone on from; remove them to "
-                f"begin again, or give another run_dir"
-            )
-        ckpt_path = None if found is None else str(found)
-        log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
-    trained = 0
-    if ckpt_path is None:
-        _refuse_checkpoints_of_others(cfg)
-    else:
-        checkpoint = read_checkpoint(ckpt_path)
-        if "optimizer_states" not in checkpoint:
-            raise ValueError(
-                f"ckpt_path={ckpt_path} holds weights alone, and a training cannot go on from it: give one that holds "
-                f"all, such as last.ckpt of a run"
-            )
-        load_checkpoint(task, checkpoint, ckpt_path)
-        trained = checkpoint["global_step"]
-        if "config" in checkpoint and task.config is not None:
-            _say_what_changed(checkpoint["config"], task.config)
-            seed = checkpoint["config"].get("seed", cfg.seed)
-            if seed != cfg.seed and checkpoint.get("continuation", {}).get("unfinished"):
-                raise ValueError(
-                    f"seed={cfg.seed}: the checkpoint is of the middle of an epoch, whose images seed={seed} has put "
-                    f"in order; go on with that, or from a checkpoint of an epoch's end"
-                )
-    chosen = {name: node for name, node in cfg.callbacks.items() if node is not None}
-    for name in [name for name, node in chosen.items() if "_target_" not in node]:  # callbacks=none and an experiment
-        log.warning("callbacks.%s: these settings are of no callback that was chosen", name)
-        del chosen[name]
-    callbacks = [EnvironmentRecord(cfg.run_dir), *(instantiate(node) for node in chosen.values())]
+    ckpt_path, trained = _resume(cfg, task)
+    callbacks = [EnvironmentRecord(cfg.run_dir), *_callbacks(cfg)]
     kinds = {"enable_progress_bar": ProgressBar, "enable_model_summary": ModelSummary}
     left_out = [key for key, kind in kinds.items() if not any(isinstance(callback, kind) for callback in callbacks)]
     trainer = instantiate(
@@ -190,6 +154,51 @@ def train(cfg: DictConfig) -> dict[str, float]:
         files = {"tested weights": best or "the last ones", "run directory": cfg.run_dir}
         print_summary(cfg.name, task, metrics, epochs, monitor, files)
     return metrics
+
+
+def _resume(cfg: DictConfig, task: Task) -> tuple[str | None, int]:
+    """The checkpoint to go on from, whose weights are loaded, and its steps; or that there is none."""
+    from revnet.training import load_checkpoint, newest_checkpoint, read_checkpoint
+
+    ckpt_path = cfg.ckpt_path
+    if ckpt_path == "last":
+        checkpoints = checkpoints_of(cfg, cfg.run_dir)
+        found = newest_checkpoint(checkpoints)
+        if found is None and any(checkpoints.glob("*.ckpt")):
+            raise ValueError(
+                f"ckpt_path=last: no checkpoint in {checkpoints} can be read and gone on from; remove them to "
+                f"begin again, or give another run_dir"
+            )
+        ckpt_path = None if found is None else str(found)
+        log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
+    if ckpt_path is None:
+        _refuse_checkpoints_of_others(cfg)
+        return None, 0
+    checkpoint = read_checkpoint(ckpt_path)
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={ckpt_path} holds weights alone, and a training cannot go on from it: give one that holds "
+            f"all, such as last.ckpt of a run"
+        )
+    load_checkpoint(task, checkpoint, ckpt_path)
+    if "config" in checkpoint and task.config is not None:
+        _say_what_changed(checkpoint["config"], task.config)
+        seed = checkpoint["config"].get("seed", cfg.seed)
+        if seed != cfg.seed and checkpoint.get("continuation", {}).get("unfinished"):
+            raise ValueError(
+                f"seed={cfg.seed}: the checkpoint is of the middle of an epoch, whose images seed={seed} has put "
+                f"in order; go on with that, or from a checkpoint of an epoch's end"
+            )
+    return ckpt_path, checkpoint["global_step"]
+
+
+def _callbacks(cfg: DictConfig) -> list[Callback]:
+    """Those that were chosen."""
+    chosen = {name: node for name, node in cfg.callbacks.items() if node is not None}
+    for name in [name for name, node in chosen.items() if "_target_" not in node]:  # callbacks=none and an experiment
+        log.warning("callbacks.%s: these settings are of no callback that was chosen", name)
+        del chosen[name]
+    return [instantiate(node) for node in chosen.values()]
 
 
 def _refuse_checkpoints_of_others(cfg: DictConfig) -> None:

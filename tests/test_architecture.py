@@ -41,7 +41,8 @@ LAYERS = {
     "revnet.processes": {"torch"},
     "revnet.mistakes": {"revnet.flows", "revnet.processes", "revnet.reversible", "torch", "hydra", "omegaconf"},
     "revnet.arguments": {"revnet.mistakes", "hydra", "omegaconf"},
-    "revnet.run_directory": {"revnet.mistakes", "revnet.processes", "hydra", "omegaconf", "yaml"},
+    "revnet.run_directory": {"revnet.mistakes", "revnet.processes", "hydra", "omegaconf"},
+    "revnet.saved_overrides": {"revnet.run_directory", "hydra", "omegaconf", "yaml"},
     "revnet.cli": {
         "revnet.arguments",
         "revnet.mistakes",
@@ -54,7 +55,7 @@ LAYERS = {
     "revnet.train": {
         *COMMAND,
         *("revnet.build", "revnet.mistakes", "revnet.processes", "revnet.reversible", "revnet.run_directory"),
-        *("torch", "pytorch_lightning"),
+        *("revnet.saved_overrides", "torch", "pytorch_lightning"),
     },
     "revnet.evaluate": {*COMMAND, "revnet.build", "revnet.models", "revnet.processes", "pytorch_lightning"},
     "revnet.predict": {"revnet.data", "revnet.training", "hydra", "torch"},

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from revnet.cli import command, compose
 from revnet.mistakes import is_out_of_memory, leave, mistake
 from revnet.reversible import split_halves
-from revnet.run_directory import KeepRuns, with_saved_overrides
+from revnet.run_directory import KeepRuns
+from revnet.saved_overrides import with_saved_overrides
 from revnet.training import read_checkpoint
 from tests.commands import invoke
 

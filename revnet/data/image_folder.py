@@ -128,8 +128,7 @@ class ImageFolder(EncodedImages):
         found = [path for files in self._files for path in files.unreadable_paths()]
         if len(found) > self._reported:
             self._reported = len(found)
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            log.warning("%d unreadable images are skipped: %s%s", len(found), ", ".join(found[:3]), more)
+            log.warning("%d unreadable images are skipped: %s", len(found), few(found))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Preprocess a batch, and report at the end of an epoch."""

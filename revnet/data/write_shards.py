@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from revnet.data.class_folders import class_names, list_images
+from revnet.data.class_folders import class_names, few, list_images
 from revnet.data.datasets import whole_batch
 from revnet.data.image_folder import held_out_splits
 from revnet.data.module import processors
@@ -101,9 +101,8 @@ def write_shards(
     _write_record(target, conversion, [finished[file] for file in planned])  # in their order
     unreadable = [path for file in planned for path in finished[file].unreadable]
     if unreadable and not skip_unreadable:
-        more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
         raise ValueError(
-            f"{len(unreadable)} images in {source} cannot be read: {', '.join(unreadable[:3])}{more} "
+            f"{len(unreadable)} images in {source} cannot be read: {few(unreadable)} "
             f"({target / RECORD} names all): replace them and choose another out, or give skip_unreadable=true"
         )
     splits: dict[str, list[Shard]] = {}

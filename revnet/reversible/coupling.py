@@ -7,8 +7,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from revnet.reversible.evaluation import evaluate
+from revnet.reversible.evaluation import call, observe
 from revnet.reversible.grid import add_on_grid, subtract_on_grid
+from revnet.reversible.layer import as_state
+from revnet.reversible.tape import tape_of
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleBlock", "Step"]
 
@@ -228,7 +230,7 @@ class Coupling(nn.Module):
         """Output and log-determinant of shape (B,), or None where it is exactly 0."""
         state, log_det = [x1, x2], None
         for step in self.moves():
-            h = evaluate(step.branch, state[1 - step.moved], context, self, step)
+            h = self._evaluate(step, state[1 - step.moved], context)
             state[step.moved], term = step.rule.move(state[step.moved], h)
             if term is not None:
                 log_det = term if log_det is None else log_det + term
@@ -238,8 +240,17 @@ class Coupling(nn.Module):
         """The input that `forward` maps to (y1, y2)."""
         state = [y1, y2]
         for branch, moved, rule in reversed(self.moves()):
-            state[moved] = rule.undo(state[moved], evaluate(branch, state[1 - moved], context))
+            state[moved] = rule.undo(state[moved], call(branch, state[1 - moved], context))
         return state[0], state[1]
+
+    def _evaluate(self, step: Step, x: Tensor, context: Any) -> Any:
+        """The branch of a step at `x`; inside `recording` of this layer what a second evaluation needs is noted."""
+        tape = tape_of(self)
+        if tape is None:
+            return call(step.branch, x, context)
+        result, evaluation = observe(step.branch, (x,), lambda x: call(step.branch, x, context))
+        tape.steps.append((step, evaluation.sampled(as_state(result, step.branch)) if tape.sampling else evaluation))
+        return result
 
 
 def _module(name: str, value: Any) -> nn.Module:

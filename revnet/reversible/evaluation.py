@@ -27,20 +27,12 @@ from revnet.reversible.buffers import (
 )
 from revnet.reversible.drift import Sample
 from revnet.reversible.generators import random_replayed, random_states
-from revnet.reversible.layer import State, as_state
+from revnet.reversible.layer import State
+from revnet.reversible.modules import modules_in, parameters_of
 from revnet.reversible.names import COMPILED, names_in
+from revnet.reversible.tape import suspended
 
-__all__ = [
-    "Evaluation",
-    "call",
-    "evaluate",
-    "is_differentiable",
-    "is_recomputing",
-    "modules_in",
-    "observe",
-    "parameters_of",
-    "recording",
-]
+__all__ = ["Evaluation", "call", "is_differentiable", "is_recomputing", "observe"]
 
 T = TypeVar("T")
 ParameterPlace = tuple[nn.Module, str, Tensor, bool]
@@ -58,9 +50,6 @@ class _Local(threading.local):
     """Per thread, because backward passes on an accelerator run in a thread of their own."""
 
     recomputing = False
-    tape: list[tuple[Any, Evaluation]] | None = None
-    recorded: nn.Module | None = None
-    sampling = False
 
 
 _local = _Local()
@@ -216,23 +205,6 @@ def _alias(parameter: Tensor, needs_grad: bool) -> Tensor:
     return alias
 
 
-def modules_in(module: nn.Module) -> list[nn.Module]:
-    """`list(module.modules())` in another order, at a tenth of the time: it is asked for at every evaluation."""
-    found, seen = [module], {module}
-    for known in found:
-        for child in known._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
-    return found
-
-
-def parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a module itself holds that may get a gradient: its parameters, and buffers that require grad."""
-    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
-    yield from ((name, b) for name, b in module._buffers.items() if b is not None and b.requires_grad)
-
-
 def observe(
     module: nn.Module, state: State, compute: Callable[..., T], begins: Callable[[Evaluation], None] | None = None
 ) -> tuple[T, Evaluation]:
@@ -241,11 +213,10 @@ def observe(
     `begins` is told at its beginning what a second one would need while the first is not over.
     """
     device = state[0].device
-    tape, _local.tape = _local.tape, None
     modules = modules_in(module)
     modes = tuple([(m, m.training) for m in modules])
     owners = tuple([m for m in modules if m._parameters or m._buffers])
-    try:
+    with suspended():
         random = random_states(device)
         named = set().union(*map(names_in, modules))
         reads_statistics = not named.isdisjoint(STATISTICS)
@@ -260,8 +231,6 @@ def observe(
             copies = tuple((owner, name, copy) for owner, name, _, copy, _ in buffers)
             begins(Evaluation(owners, modes, _places(owners), copies, (), random, device, with_graph, reads_statistics))
         result = _as_second(compute, state) if with_graph and not has_graph else compute(*state)
-    finally:
-        _local.tape = tape
     if [version_of(x) for x in state] != versions:
         raise ValueError(_CHANGES_INPUT.format(type(module).__name__))
     for (owner, name, buffer, _), version in zip(held, held_versions, strict=True):
@@ -332,30 +301,3 @@ def call(module: nn.Module, x: Tensor, context: Any = None) -> Any:
 def _is_real(x: Tensor) -> bool:
     """Whether a tensor has values that can be looked at."""
     return type(x) is Tensor and x.device.type != "meta"
-
-
-def evaluate(branch: nn.Module, x: Tensor, context: Any, layer: Any = None, step: Any = None) -> Any:
-    """Evaluates the residual branch of a step; inside `recording(layer)` it also notes what a second evaluation needs.
-
-    Another layer's, or an inverse, may run in there too, in a hook of the layer.
-    """
-    tape = _local.tape
-    if tape is None or layer is not _local.recorded:
-        return call(branch, x, context)
-    result, evaluation = observe(branch, (x,), lambda x: call(branch, x, context))
-    tape.append((step, evaluation.sampled(as_state(result, branch)) if _local.sampling else evaluation))
-    return result
-
-
-@contextmanager
-def recording(layer: nn.Module, sampling: bool = False) -> Iterator[list[tuple[Any, Evaluation]]]:
-    """Collects the steps that `layer` takes inside, in order, with the `Evaluation` of each one's branch.
-
-    `sampling`: with a sample of its result.
-    """
-    outer = _local.tape, _local.recorded, _local.sampling
-    _local.tape, _local.recorded, _local.sampling = [], layer, sampling
-    try:
-        yield _local.tape
-    finally:
-        _local.tape, _local.recorded, _local.sampling = outer

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Coupling, Step
 from revnet.reversible.drift import Sample
-from revnet.reversible.evaluation import Evaluation, modules_in, observe, parameters_of, recording
+from revnet.reversible.evaluation import Evaluation, observe
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.layer import State, apply_layer, on_grid
+from revnet.reversible.modules import modules_in, parameters_of
 from revnet.reversible.replay import Replay
 from revnet.reversible.run import ContextStructure, Run
+from revnet.reversible.tape import recording
 
 __all__ = ["reconstructed"]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revnet.reversible.coupling import Coupling
-from revnet.reversible.evaluation import Evaluation, modules_in, observe
+from revnet.reversible.evaluation import Evaluation, observe
 from revnet.reversible.layer import State, apply_layer, on_grid
+from revnet.reversible.modules import modules_in
 from revnet.reversible.run import ContextStructure, Run
 
 __all__ = ["recomputed"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from revnet.reversible.evaluation import Evaluation, modules_in, parameters_of
+from revnet.reversible.evaluation import Evaluation
 from revnet.reversible.layer import as_state
+from revnet.reversible.modules import modules_in, parameters_of
 
 __all__ = ["ContextStructure", "Run"]
 

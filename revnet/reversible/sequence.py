@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 from revnet.reversible.activations import Activations, checked, resolved
 from revnet.reversible.autocast import Autocast
 from revnet.reversible.coupling import Coupling
-from revnet.reversible.evaluation import modules_in, parameters_of
 from revnet.reversible.function import reconstructed
 from revnet.reversible.grid import check_dtype
 from revnet.reversible.halves import Rearrangement
 from revnet.reversible.inverted import invert
 from revnet.reversible.layer import State, apply_layer, as_output, as_stream, invert_layer, is_invertible, on_grid
+from revnet.reversible.modules import modules_in, parameters_of
 from revnet.reversible.recompute import recomputed
 from revnet.reversible.run import Run
 from revnet.reversible.watch import Watch

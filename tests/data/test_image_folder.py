@@ -198,7 +198,7 @@ def test_a_readable_image_of_the_same_split_stands_in(tmp_path, caplog, num_work
     data.teardown("fit")
     (line,) = caplog.messages
     assert line.startswith("6 unreadable images are skipped: ")
-    assert line.endswith(" and 3 more")
+    assert line.endswith(" and 1 more")
     assert all(path in broken for path in line.partition(": ")[2].partition(" and ")[0].split(", "))
 
 
