@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -16,13 +17,26 @@ from typing import Any
 
 import torch
 
-from revnet.environment import environment
 from revnet.profiling import KEEP_FREED_MEMORY, device_name
 
 __all__ = ["RESULTS", "ROOT", "allocator_keeps_memory", "hardware", "record", "result_path", "resumed"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
+
+
+def _commit() -> str | None:
+    """That of the code; what is in `RESULTS` does not make it another."""
+    git = ["git", "-C", str(ROOT)]
+    described = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if described.returncode:
+        return None  # not a checkout
+    changes = [*git, "status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}"]
+    changed = subprocess.run(changes, capture_output=True, text=True, check=True).stdout
+    return described.stdout.strip() + "-dirty" * bool(changed)
+
+
+COMMIT = _commit()  # when this was loaded, and the package with it: a measurement takes hours
 
 
 def allocator_keeps_memory() -> None:
@@ -59,16 +73,16 @@ def _stem(theme: str, device: str) -> str:
 
 
 def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], device: str = "cpu") -> None:
-    """Writes settings, hardware, command, rows and the commits at which rows were written, oldest first, as PATH.json.
+    """Writes settings, hardware, command, rows and the commits that they were measured at, oldest first, as PATH.json.
 
-    A file that is there already is gone on with: its commits stay, ahead of the present one.
+    A file that is there already is gone on with: its commits stay, null for rows of before commits were written down.
     """
     command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
-    file, commit = path.with_suffix(".json"), environment()["commit"]
-    known = json.loads(file.read_text()).get("commits", []) if file.exists() else []
+    file = path.with_suffix(".json")
+    known = json.loads(file.read_text()).get("commits", [None]) if file.exists() else []
     content = {
         "command": command,
-        "commits": [*known, *([] if commit is None or commit in known else [commit])],
+        "commits": known if COMMIT in known else [*known, COMMIT],
         "hardware": hardware(device),
         "settings": settings,
         "rows": rows,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # Lightning takes seconds to import, and --help need not wait
 
     from revnet.training import Task
 
-__all__ = ["build", "refuse_contradictions", "refuse_odd_monitors"]
+__all__ = ["build", "refuse_contradictions", "refuse_odd_callbacks"]
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ def refuse_contradictions(trainer: DictConfig) -> None:
     """Look at the trainer's settings before any data is read.
 
     Raises:
-        ValueError: a count that Lightning would divide by, a precision that the device does not have, or an operation
-            that needs other devices.
+        ValueError: a count that Lightning would divide by, a precision that the device does not have, an operation
+            that needs other devices, or what is given elsewhere and would not be looked at.
     """
     given_otherwise = {
         "callbacks": "+callbacks.NAME._target_=...",
@@ -147,11 +147,12 @@ def refuse_contradictions(trainer: DictConfig) -> None:
         )
 
 
-def refuse_odd_monitors(cfg: DictConfig) -> None:
-    """Look at how the best checkpoint, and the end of a training, are to be chosen.
+def refuse_odd_callbacks(cfg: DictConfig) -> None:
+    """Look at callbacks and loggers, and at how the best checkpoint and the end of a training are to be chosen.
 
     Raises:
-        ValueError: that would be the worst one, another than was validated, or the last of several under one name.
+        ValueError: one of them is no mapping; the best checkpoint would be the worst one, another than was validated,
+            or the last of several under one name.
     """
     callbacks = cfg.callbacks
     for group in ("callbacks", "logger"):

@@ -45,9 +45,7 @@ class KeepRuns(Callback):
         """Look at the run's directory."""
         HydraConfig.instance().set_config(config)  # the directory's name refers to it
         directory = Path(config.hydra.run.dir)
-        if directory.parts[:1] == ("~",):
-            line = f"run_dir={directory}: nobody expands this ~; write $HOME/{directory.relative_to('~')}"
-            leave(config.hydra.job.config_name, line, status=2)
+        _refuse_home(config, "run_dir", directory)
         if rank() > 0:
             with read_write(config.hydra):
                 config.hydra.run.dir, config.hydra.output_subdir = agree(str(directory)), None
@@ -85,8 +83,9 @@ class KeepRuns(Callback):
             leave(config.hydra.job.config_name, line, status=2)
         if config.hydra.sweeper.get("max_batch_size") is not None:  # Hydra starts no batch behind a job that failed
             line = "hydra.sweeper.max_batch_size: a job that fails would take later batches along; leave it out"
-            leave(config.hydra.job.config_name, f"{line} (hydra.launcher.n_jobs=2: two at a time)", status=2)
+            leave(config.hydra.job.config_name, f"{line} (hydra/launcher=joblib takes hydra.launcher.n_jobs)", status=2)
         directory = Path(config.hydra.sweep.dir)
+        _refuse_home(config, "hydra.sweep.dir", directory)
         self._refuse(config, directory, "choose another hydra.sweep.dir")
         with self._claiming(config, directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -106,6 +105,12 @@ class KeepRuns(Callback):
         if directory.is_dir() and any(directory.iterdir()):
             line = f"{directory} is not empty and nothing is written over: {remedy}"
             leave(config.hydra.job.config_name, line, status=2)
+
+
+def _refuse_home(config: DictConfig, name: str, directory: Path) -> None:
+    if directory.parts[:1] == ("~",):
+        line = f"{name}={directory}: nobody expands this ~; write $HOME/{directory.relative_to('~')}"
+        leave(config.hydra.job.config_name, line, status=2)
 
 
 def claim(directory: Path, output_subdir: str | None) -> None:

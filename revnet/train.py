@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from revnet.build import build, refuse_contradictions, refuse_odd_monitors
+from revnet.build import build, refuse_contradictions, refuse_odd_callbacks
 from revnet.cli import command
 from revnet.mistakes import is_out_of_memory, leave
 from revnet.processes import rank, started
@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.threads is not None and (not isinstance(cfg.threads, int) or cfg.threads < 1):
         raise ValueError(f"threads={cfg.threads}: give a number of threads, at least 1, or null")
     refuse_contradictions(cfg.trainer)
-    refuse_odd_monitors(cfg)
+    refuse_odd_callbacks(cfg)
     pl.seed_everything(cfg.seed, workers=True)
     torch.set_num_threads(cfg.threads or THREADS)  # an earlier job of a sweep may have set others
     data, task = build(cfg)
@@ -99,6 +99,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     callbacks = [EnvironmentRecord(cfg.run_dir), *_callbacks(cfg)]
     kinds = {"enable_progress_bar": ProgressBar, "enable_model_summary": ModelSummary}
     left_out = [key for key, kind in kinds.items() if not any(isinstance(callback, kind) for callback in callbacks)]
+    left_out = [key for key in left_out if key not in cfg.trainer]
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
@@ -171,8 +172,9 @@ def _resume(cfg: DictConfig, task: Task) -> tuple[str | None, int]:
             )
         ckpt_path = None if found is None else str(found)
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
-    if ckpt_path is None:
+    if cfg.ckpt_path != "last":
         _refuse_checkpoints_of_others(cfg)
+    if ckpt_path is None:
         return None, 0
     checkpoint = read_checkpoint(ckpt_path)
     if "optimizer_states" not in checkpoint:
@@ -202,9 +204,14 @@ def _callbacks(cfg: DictConfig) -> list[Callback]:
 
 
 def _refuse_checkpoints_of_others(cfg: DictConfig) -> None:
-    """ValueError where a training that begins would write over the checkpoints of another."""
-    places = [checkpoints_of(cfg, cfg.run_dir), *filter(None, [OmegaConf.select(cfg, "callbacks.best.dirpath")])]
-    there = next((file for place in places for file in sorted(Path(place).glob("*.ckpt"))), None)
+    """ValueError where a training would write over the checkpoints of another, but for that which it goes on with."""
+    places = {checkpoints_of(cfg, cfg.run_dir): "*.ckpt"}
+    best = OmegaConf.select(cfg, "callbacks.best")
+    if best is not None and best.get("dirpath"):
+        places.setdefault(Path(best.dirpath), re.sub(r"{.*?}", "*", best.get("filename") or "*") + ".ckpt")
+    if cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent in [place.resolve() for place in places]:
+        return
+    there = next((file for place, names in places.items() for file in sorted(place.glob(names))), None)
     if there is not None:
         raise ValueError(
             f"{there} is of another training, and nothing is written over: choose another run_dir (in a sweep, "

@@ -207,7 +207,7 @@ def text_files() -> Iterator[tuple[Path, str]]:
 
 def test_files_name_no_registry_and_no_place_of_one_machine() -> None:
     registry = r"pypi\.|pythonhosted\.|download\.pytorch\.|anaconda\.|--(extra-)?index-url|--find-links"
-    place = r"(?<![\w.}])/(root|home|Users)/\w"
+    place = r"(?<![\w.}])/(work|root|home|Users)/\w"
     found = [
         f"{path.relative_to(ROOT)}: {match[0]}"
         for path, text in text_files()

@@ -467,9 +467,12 @@ def test_batches_of_a_sweep_and_an_unexpanded_home_are_refused(capsys: pytest.Ca
     train = command("train")(lambda cfg: pytest.fail("the job was started"))
     assert invoke(train, "-m", "seed=1,2", "hydra.sweeper.max_batch_size=1") == 2
     assert invoke(train, "run_dir='~/runs/a'") == 2
-    batches, home = lines(capsys.readouterr().err)
+    assert invoke(train, "-m", "seed=1,2", "hydra.sweep.dir='~/sweeps'") == 2
+    batches, home, sweeps = lines(capsys.readouterr().err)
     assert batches.startswith("revnet-train: hydra.sweeper.max_batch_size: a job that fails would take later")
     assert home == "revnet-train: run_dir=~/runs/a: nobody expands this ~; write $HOME/runs/a"
+    assert sweeps == "revnet-train: hydra.sweep.dir=~/sweeps: nobody expands this ~; write $HOME/sweeps"
+    assert not Path("~").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -302,6 +303,10 @@ def test_a_second_training_in_a_directory_leaves_the_checkpoints_of_the_first(
     with pytest.raises(ValueError, match=r"here/checkpoints/best.ckpt is of another training, and nothing is written"):
         train_module.train(cfg)
     assert {path: path.read_bytes() for path in Path("here/checkpoints").iterdir()} == before
+    other = compose("train", *TINY, *quiet, "run_dir=there", "ckpt_path=here/checkpoints/last.ckpt")
+    shutil.copytree("here", "there")
+    with pytest.raises(ValueError, match=r"there/checkpoints/best.ckpt is of another training, and nothing is written"):
+        train_module.train(other)
     sweep = ("-m", *TINY, *quiet, "seed=0,1", "hydra.sweep.subdir=same", "hydra.sweep.dir=sweep")
     capsys.readouterr()
     assert invoke(train_module.main, *sweep) == 1

@@ -104,8 +104,11 @@ def as_convolved(x: Tensor) -> Tensor:
 
 
 def unshared(h: Tensor, x: Tensor) -> Tensor:
-    """`h`, or a copy where it is `x` or a view of it, as behind an identity: a ReLU in place would write there."""
-    if h is x or (not is_transformed() and h.untyped_storage()._cdata == x.untyped_storage()._cdata):
+    """`h`, or a copy where it is `x` or a view of it, as behind an identity: a ReLU in place would write there.
+
+    Tensors that are traced do not tell, and compilers leave out a copy that nobody needs.
+    """
+    if h is x or is_transformed() or h.untyped_storage()._cdata == x.untyped_storage()._cdata:
         return h.clone()
     return h
 

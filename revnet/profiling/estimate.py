@@ -97,11 +97,12 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module
     """A copy whose parameters and buffers have no data; on a CPU if the model is on the meta device."""
     mode = mode or FakeTensorMode()
     held = [*model.parameters(), *model.buffers()]
-    attributes = [t for owner in (*model.modules(), *held) for t in vars(owner).values() if isinstance(t, Tensor)]
+    attributes = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    hung = [t for tensor in held for t in vars(tensor).values() if isinstance(t, Tensor)]
     memo: dict[int, Any] = {}
     with mode:
         # What a forward pass has left in an attribute, with its graph, cannot be copied otherwise.
-        left = [t for t in attributes if t.is_meta or not t.is_leaf]
+        left = [*hung, *(t for t in attributes if t.is_meta or not t.is_leaf)]
         for t in (*held, *left):
             # The meta device has neither autocast nor the operators of a device that computes.
             device = "cpu" if t.is_meta else t.device

@@ -80,6 +80,7 @@ class Task(pl.LightningModule):
         if self._scheduler is None:
             return optimizer
         scheduler = _make("scheduler", self._scheduler, optimizer, total_steps=int(total_steps))
+        _check_movable(scheduler, self._stretch(self._loaded_settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -93,12 +94,17 @@ class Task(pl.LightningModule):
         if then:
             schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             _change(self.trainer.optimizers[0], schedules, then["groups"], self._settings["groups"])
-            before, now = then.get("steps_per_epoch"), self._steps_per_epoch
+            stretch = self._stretch(then)
             for schedule in schedules:
-                if before is not None and now is not None and before != now:
-                    _move(schedule, now / before)
+                _check_movable(schedule, stretch)
+                schedule.last_epoch = round(schedule.last_epoch * stretch)
                 if isinstance(schedule, LambdaLR):
                     _take_rates(schedule)
+
+    def _stretch(self, then: dict[str, Any]) -> float:
+        """How many steps there are for each of the checkpoint's."""
+        before, now = then.get("steps_per_epoch"), self._steps_per_epoch
+        return 1.0 if before is None or now is None else now / before
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the settings that the optimizer was made with."""
@@ -140,14 +146,13 @@ def _change(
                 schedule.base_lrs[index] = group["initial_lr"] = after["lr"]
 
 
-def _move(schedule: LRScheduler, steps: float) -> None:
-    """Puts a schedule to its place where there are that many steps for each of before."""
-    if not isinstance(schedule, LambdaLR):
+def _check_movable(schedule: LRScheduler, stretch: float) -> None:
+    """ValueError for a schedule that cannot be put to another place."""
+    if stretch != 1 and not isinstance(schedule, LambdaLR):
         raise ValueError(
-            f"scheduler: {type(schedule).__name__} cannot go on in epochs of {steps:.3g} times as many steps; "
+            f"scheduler: {type(schedule).__name__} cannot go on in epochs of {stretch:.3g} times as many steps; "
             f"keep data.batch_size, trainer.accumulate_grad_batches and the number of devices"
         )
-    schedule.last_epoch = round(schedule.last_epoch * steps)
 
 
 def _take_rates(schedule: LambdaLR) -> None:

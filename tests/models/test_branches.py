@@ -76,5 +76,7 @@ def test_a_normalisation_that_returns_a_view_of_its_input_leaves_it_as_it_is(bra
     with torch.inference_mode(inference):
         y = module(x)
     assert torch.equal(x, before)
+    torch.vmap(module)(x[None])
+    assert torch.equal(x, before)
     module.relu.inplace = False
     assert torch.equal(y, module(x))
