@@ -28,12 +28,15 @@ RESULTS = ROOT / "experiments" / "results"
 def _commit() -> str | None:
     """That of the code; what is in `RESULTS` does not make it another."""
     git = ["git", "-C", str(ROOT)]
-    described = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if described.returncode:
-        return None  # not a checkout
-    changes = [*git, "status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}"]
-    changed = subprocess.run(changes, capture_output=True, text=True, check=True).stdout
-    return described.stdout.strip() + "-dirty" * bool(changed)
+    changes = ["status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(ROOT)}"]
+    try:
+        commit, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], changes)
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None  # no git, or not a checkout
+    return f"{commit}-dirty" if changed else commit
 
 
 COMMIT = _commit()  # when this was loaded, and the package with it: a measurement takes hours
@@ -75,7 +78,7 @@ def _stem(theme: str, device: str) -> str:
 def record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Writes settings, hardware, command, rows and the commits that they were measured at, oldest first, as PATH.json.
 
-    A file that is there already is gone on with: its commits stay, null for rows of before commits were written down.
+    A file that is there already is gone on with: its commits stay, null for rows of which nobody knows theirs.
     """
     command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     file = path.with_suffix(".json")

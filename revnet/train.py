@@ -172,7 +172,7 @@ def _resume(cfg: DictConfig, task: Task) -> tuple[str | None, int]:
             )
         ckpt_path = None if found is None else str(found)
         log.info("going on from %s", ckpt_path or "the beginning: there is no checkpoint yet")
-    if cfg.ckpt_path != "last":
+    if cfg.ckpt_path != "last":  # or its own may be there
         _refuse_checkpoints_of_others(cfg)
     if ckpt_path is None:
         return None, 0

@@ -19,7 +19,10 @@ __all__ = ["Tape", "recording", "suspended", "tape_of"]
 
 @dataclass
 class Tape:
-    """The steps of a layer, in order, with the `Evaluation` of each one's branch; `sampling`: with a sample of it."""
+    """The steps of a layer, in order, with the `Evaluation` of each one's branch.
+
+    `sampling`: with a sample of the branch's result.
+    """
 
     layer: nn.Module
     sampling: bool
@@ -38,7 +41,7 @@ _local = _Local()
 def tape_of(layer: nn.Module) -> Tape | None:
     """Where to note the steps of a layer, if they are to be noted.
 
-    Others, or an inverse, may run inside of it too, in a hook of the layer.
+    Other layers may run inside of it, too, in a hook of the layer.
     """
     tape = _local.tape
     return tape if tape is not None and tape.layer is layer else None

@@ -96,9 +96,8 @@ class Task(pl.LightningModule):
             _change(self.trainer.optimizers[0], schedules, then["groups"], self._settings["groups"])
             stretch = self._stretch(then)
             for schedule in schedules:
-                _check_movable(schedule, stretch)
-                schedule.last_epoch = round(schedule.last_epoch * stretch)
                 if isinstance(schedule, LambdaLR):
+                    schedule.last_epoch = round(schedule.last_epoch * stretch)
                     _take_rates(schedule)
 
     def _stretch(self, then: dict[str, Any]) -> float:
@@ -111,6 +110,8 @@ class Task(pl.LightningModule):
         self._loaded_settings = checkpoint.get("optimizer_settings", {})
         if self._settings:  # of a strategy that reads the checkpoint behind configure_optimizers
             _check_same(self._loaded_settings, self._settings)
+            for config in self.trainer.lr_scheduler_configs:
+                _check_movable(config.scheduler, self._stretch(self._loaded_settings))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing."""

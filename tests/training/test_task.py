@@ -88,6 +88,14 @@ def test_a_schedule_of_torch_is_not_gone_on_with_in_epochs_of_other_lengths(
         rates(fit, classifier(cycle), ckpt=path, accumulate_grad_batches=2)
 
 
+def test_a_schedule_that_has_no_place_goes_on(fit: Fit, half: Callable[..., Path]) -> None:
+    def chained(optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)])
+
+    path, whole = half(classifier(chained)), rates(fit, classifier(chained))
+    assert rates(fit, classifier(chained), ckpt=path) == whole[8:]
+
+
 def test_what_a_schedule_has_made_of_other_settings_is_kept(fit: Fit, half: Callable[..., Path]) -> None:
     cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
     path, whole = half(classifier(cycle)), rates(fit, classifier(cycle))
