@@ -98,12 +98,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     ckpt_path, trained = _resume(cfg, task)
     callbacks = [EnvironmentRecord(cfg.run_dir), *_callbacks(cfg)]
     kinds = {"enable_progress_bar": ProgressBar, "enable_model_summary": ModelSummary}
-    left_out = [key for key, kind in kinds.items() if not any(isinstance(callback, kind) for callback in callbacks)]
-    left_out = [key for key in left_out if key not in cfg.trainer]
+    chosen = {key for key, kind in kinds.items() if any(isinstance(callback, kind) for callback in callbacks)}
     trainer = instantiate(
         cfg.trainer,
         _convert_="all",
-        **dict.fromkeys(left_out, False),  # or Lightning would bring its own
+        **dict.fromkeys(kinds.keys() - chosen - cfg.trainer.keys(), False),  # or Lightning would bring its own
         callbacks=callbacks,
         logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpoints(), *(instantiate(cfg.trainer.get("plugins"), _convert_="all") or [])],
