@@ -103,7 +103,7 @@ class Task(pl.LightningModule):
     def _stretch(self, then: dict[str, Any]) -> float:
         """How many steps there are for each of the checkpoint's."""
         before, now = then.get("steps_per_epoch"), self._steps_per_epoch
-        return 1.0 if before is None or now is None else now / before
+        return now / before if before and now else 1.0  # not known, or no step at all
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the settings that the optimizer was made with."""
